@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: MIT
+"""Embedded tasks, forward operators and data-set loaders, from sud2. Copy freely; imports nothing
+else from this project.
+
+Images are uint8 `(N, 3, H, W)` tensors at rest and float `(B, 3, H, W)` in [-1, 1] at work;
+`to_float` and `to_bytes` are the only conversions. Masks are bool `(N, 1, H, W)`, True in the hole.
+Every source is reproducible from a seed.
+
+    >>> x, hole = draw_faces(2, size=32, seed=0)
+    >>> x.shape, hole.shape, x.dtype
+    (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8)
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+CHUNK = 256     # faces drawn at a time; the i-th face of a seed is the same however many are drawn
+
+
+def to_float(u):
+    """uint8 images -> float32 in [-1, 1]."""
+    return u.float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """Float images in [-1, 1] -> uint8, rounded, values outside clipped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def punch_hole(x, hole):
+    """Forward operator of in-painting: pixels of x (B, 3, H, W), uint8, in the hole become grey."""
+    return torch.where(hole, 128, x).byte()
+
+
+# ---------------------------------------------------------------------------- drawn faces
+# Painter's algorithm over signed distances (negative inside), anti-aliased by coverage. The canvas
+# is [-1, 1] x [-1, 1], y down; a parameter is (B, 1, 1, 1), a colour (B, 3, 1, 1) in [0, 1].
+
+def smoothstep(v):
+    v = v.clamp(0, 1)
+    return v * v * (3 - 2 * v)
+
+
+def ellipse(x, y, a, b):
+    """Signed distance, nearly, to the ellipse of half axes a, b around the origin."""
+    k = ((x / a) ** 2 + (y / b) ** 2).sqrt()
+    return k * (k - 1) / ((x / a ** 2) ** 2 + (y / b ** 2) ** 2).sqrt().clamp(min=1e-6)
+
+
+def box(x, y, a, b, r):
+    """Signed distance to the box of half sides a, b with corners rounded by r."""
+    dx, dy = x.abs() - (a - r), y.abs() - (b - r)
+    return (dx.clamp(min=0) ** 2 + dy.clamp(min=0) ** 2).sqrt() + torch.maximum(dx, dy).clamp(max=0) - r
+
+
+def curve(x, y, half, bend):
+    """Distance, nearly, to the arc y = bend (x / half)² of |x| < half; bend > 0: ends lower."""
+    inside = (x / half).clamp(-1, 1)
+    return ((x - inside * half) ** 2 + (y - bend * inside ** 2) ** 2).sqrt()
+
+
+def face_parameters(g):
+    """CHUNK faces' random parameters from generator g: a dict of (CHUNK, 1, 1, 1) and colours.
+
+    What a person would expect to go together does: skin with hair, iris and lips; age with grey or
+    lost hair, glasses and wrinkles; hair length with beard, lips and jaw; yaw with gaze.
+    """
+    def u(lo=0.0, hi=1.0, channels=1):
+        return lo + (hi - lo) * torch.rand(CHUNK, channels, 1, 1, generator=g)
+
+    def n(std):
+        return std * torch.randn(CHUNK, 1, 1, 1, generator=g)
+
+    def rgb(*c):
+        return torch.tensor(c).view(1, 3, 1, 1)
+
+    def chance(p):
+        return (u() < p).float()
+
+    p = {'masculine': chance(0.5), 'age': u(), 'melanin': u()}
+    m, age, dark = p['masculine'], p['age'], p['melanin']
+    p.update(cx=n(.05), cy=.04 + n(.04), tilt=n(.09), yaw=n(.5).clamp(-1, 1), pitch=n(.03))
+    p.update(a=.44 + .03 * m + n(.025), up=.52 + n(.03), low=.56 + .04 * m + n(.035),
+             jaw=2.0 + .7 * m * u() + .2 * u(), light=u(-math.pi, 0), strength=u(.05, .38))
+    skin = torch.lerp(rgb(.97, .82, .73), rgb(.80, .58, .42), (2 * dark).clamp(max=1))
+    skin = torch.lerp(skin, rgb(.36, .22, .15), (2 * dark - 1).clamp(min=0))
+    p['skin'] = (skin + u(-.03, .03, 3)) * u(.9, 1.05)
+    fair = torch.lerp(rgb(.20, .12, .07), rgb(.88, .70, .40), u() ** 1.3)
+    fair = torch.where(u() < .15, rgb(.62, .27, .11), fair)
+    hair = torch.lerp(fair, rgb(.07, .05, .05), smoothstep(2.5 * dark + n(.25)))
+    grey = smoothstep((age - .68) * 5 + n(.3))
+    p['hair'] = torch.lerp(hair, rgb(.75, .74, .73) * u(.75, 1.1), grey).clamp(.02, 1)
+    p['iris'] = torch.where(u() < 1.6 * dark + .2, rgb(.27, .15, .07),
+                            torch.where(u() < .5, rgb(.25, .45, .68), rgb(.33, .48, .27)))
+    red = torch.lerp(rgb(.78, .35, .35), rgb(.72, .10, .16), u() * (1 - m))
+    p['lips'] = torch.lerp(p['skin'] * rgb(.85, .62, .60), red, .25 + .5 * u() * (1 - m))
+
+    long = chance(.85 - .73 * m)
+    p['length'] = torch.where(long > 0, u(.25, 1.3), u(-.35, -.05))     # where the back hair ends
+    p['volume'] = .05 + .12 * u() + .05 * long
+    p['wave'], p['wave_f'], p['phase'] = .05 * u() * chance(.5), u(8, 18), u(0, 6.28)
+    p['bald'] = chance(.25 * m * (age > .55)) * (1 - long)
+    p['afro'] = chance(.5 * (dark > .7)) * (1 - p['bald'])
+    p['fringe'] = (u() * 4).floor()               # straight, side parting, middle parting, swept up
+    p['side'] = torch.where(u() < .5, -1.0, 1.0)
+    p['hairline'] = -.33 + n(.035) - .10 * m * age
+    p['bangs'] = chance(.35) * (1 - m)
+    p['beard'] = chance(.5) * m * u(.35, 1) * (1 - long)
+    p['beard_low'] = (u() * 3).floor()                                  # full, goatee, moustache
+    p['eye_x'], p['eye_y'] = .19 + n(.012), -.05 + n(.018)
+    p['eye_a'], p['eye_b'] = .088 + n(.008), .050 + n(.010).clamp(-.022, .03)
+    p['gaze_x'] = (.4 * p['yaw'] + n(.35)).clamp(-1, 1)
+    p['gaze_y'] = n(.3).clamp(-1, 1)
+    p['lid'] = .15 + .5 * u() * (1 - m) + .1 * u()
+    p['brow_w'], p['brow_up'] = .014 + .014 * m + n(.003), .115 + n(.018)
+    p['brow_slant'], p['brow_bend'] = n(.10), .03 + n(.015)
+    p['nose_len'], p['nose_w'] = .20 + n(.025), .062 + .035 * dark + n(.01)
+    p['mouth_y'], p['mouth_w'] = .325 + n(.02), .155 + .01 * m + n(.02)
+    p['smile'] = -.02 - .05 * u() + .03 * chance(.25)
+    p['open'] = chance(.5) * u(.02, .075)
+    p['teeth'] = chance(.75)
+    p['lip'] = .022 + .014 * (1 - m) + .012 * dark + n(.004)
+    p['blush'], p['wrinkle'] = u(0, .35) * (1 - .5 * m), (age - .35).clamp(min=0) * u(.5, 1.2)
+    p['glasses'], p['round'] = chance(.12 + .33 * age), chance(.5)
+    p['frame'] = u(.03, .35) * torch.where(u() < .3, rgb(1.6, .8, .5), rgb(1, 1, 1))
+    p['frame_w'], p['shades'] = u(.014, .030), chance(.12)
+    p['bg'], p['bg2'] = (torch.lerp(u(.1, .95, 3), u(.1, .95), .45) for _ in range(2))
+    p['bg_dir'] = u(-1.2, 1.2)
+    p['disc'], p['disc_x'], p['disc_y'] = u(.1, .9, 3), u(-1, 1), u(-1, .6)
+    p['disc_r'], p['disc_a'] = u(.15, .5), u(0, .7)
+    p['cloth'], p['cloth2'] = u(.05, .95, 3) * u(.6, 1.05), u(.05, .95, 3)
+    p['neckline'], p['shoulder'] = (u() * 3).floor(), .72 + .14 * m + n(.05)
+    p['stripes'], p['stripe_f'] = chance(.3), u(10, 22)
+    return p
+
+
+class Canvas:
+    """Images (B, 3, size, size) that are painted on, and the faces' own, turned coordinates."""
+
+    def __init__(self, p, size):
+        centre = (torch.arange(size) + .5) / size * 2 - 1
+        self.x, self.y = centre.view(1, 1, 1, -1), centre.view(1, 1, -1, 1)
+        self.pixel = 2 / 1.18 / size                  # in units of the head
+        cos, sin = p['tilt'].cos(), p['tilt'].sin()
+        x, y = (self.x - p['cx']) / 1.18, (self.y - p['cy']) / 1.18 - .5
+        self.u, self.v = cos * x + sin * y, -sin * x + cos * y + .5     # heads turn about the neck
+        self.shade = 1 + p['strength'] * ((self.x - p['cx']) * p['light'].cos()
+                                          + (self.y - p['cy']) * p['light'].sin())
+        self.image = torch.zeros(CHUNK, 3, size, size)
+
+    def cover(self, d):
+        """Share of each pixel covered by the region where the signed distance d < 0."""
+        return (.5 - d / self.pixel).clamp(0, 1)
+
+    def line(self, d, width):
+        """Share of each pixel covered by a line of half-width `width` at distance d, d >= 0."""
+        return self.cover(d - width) * (2 * width / self.pixel).clamp(max=1)
+
+    def paint(self, colour, share):
+        self.image = torch.lerp(self.image, colour, share)
+
+
+def paint_background(c, p):
+    """Two-colour gradient, a soft disc, and the light's direction, which falls on all layers."""
+    ramp = (.5 + .5 * (c.x * p['bg_dir'].sin() + c.y * p['bg_dir'].cos())).clamp(0, 1)
+    c.paint(torch.lerp(p['bg'], p['bg2'], ramp) * c.shade, torch.ones(1))
+    d = ((c.x - p['disc_x']) ** 2 + (c.y - p['disc_y']) ** 2).sqrt()
+    c.paint(p['disc'] * c.shade, p['disc_a'] * smoothstep((p['disc_r'] - d) / .12 + .5))
+
+
+def paint_back_hair(c, p):
+    """The hair behind head, neck and shoulders."""
+    wave = p['wave'] * (p['wave_f'] * (c.u + c.v) + p['phase']).sin()
+    head = ellipse(c.u, c.v + .08, p['a'] + p['volume'], p['up'] + p['volume']) + wave
+    middle, half = (p['length'] - .35) / 2, ((p['length'] + .35) / 2).clamp(min=.02)
+    fall = box(c.u, c.v - middle, p['a'] + .6 * p['volume'], half, torch.tensor(.12)) + wave
+    afro = ellipse(c.u, c.v + .2, p['a'] + .26, p['up'] + .2)
+    d = torch.where(p['afro'] > 0, afro, torch.where(p['length'] > 0, torch.minimum(head, fall), head))
+    c.paint(p['hair'] * .82 * c.shade, c.cover(d + 2 * p['bald']))
+
+
+def paint_body(c, p):
+    """Neck with the chin's shadow, shoulders, and what is worn on them."""
+    neck = p['a'] * (.48 + .1 * p['masculine'])
+    c.paint(p['skin'] * .88 * c.shade, c.cover(box(c.u, c.v - .7, neck, torch.tensor(.45), torch.tensor(.05))))
+    shadow = smoothstep((.78 - c.v) / .25) * .35
+    c.paint(p['skin'] * .5, shadow * c.cover(c.u.abs() - neck) * c.cover(.3 - c.v))
+    body = ellipse(c.x - p['cx'], c.y - 1.28, p['shoulder'], torch.tensor(.52))
+    stripes = p['stripes'] * ((c.y * p['stripe_f']).sin() > .2)
+    worn = torch.lerp(p['cloth'], p['cloth2'], stripes) * c.shade
+    vee = (c.x - p['cx']).abs() + .45 * (c.y - 1.12)                # an open collar, a round one
+    crew = ellipse(c.x - p['cx'], c.y - .74, neck + .06, torch.tensor(.13))
+    cut = torch.where(p['neckline'] == 0, vee, torch.where(p['neckline'] == 1, crew, torch.ones(1)))
+    c.paint(worn, c.cover(torch.maximum(body, -cut)))
+    collar = torch.maximum(body, (vee.abs() - .05))
+    c.paint(p['cloth2'] * c.shade, c.cover(collar) * (p['neckline'] == 0))
+
+
+def paint_head(c, p):
+    """Ears and the face without its features -> signed distance of the face's outline."""
+    for side in (-1, 1):
+        ear = ellipse(c.u - side * (p['a'] + .01 - .04 * side * p['yaw']), c.v + .02,
+                      torch.tensor(.06), torch.tensor(.12))
+        c.paint(p['skin'] * .86 * c.shade, c.cover(ear))
+    b = torch.where(c.v < 0, p['up'], p['low'])
+    k = torch.where(c.v < 0, 2.0, p['jaw'])
+    r = ((c.u / p['a']).abs().clamp(min=1e-4) ** k + (c.v / b).abs().clamp(min=1e-4) ** k) ** (1 / k)
+    face = (r - 1) * torch.minimum(p['a'], b)
+    rim = 1 - .22 * smoothstep((r - .72) / .3)
+    c.paint(p['skin'] * (c.shade * rim).clamp(max=1.25), c.cover(face))
+    return face
+
+
+def paint_beard(c, p, u, face):
+    """Full beard, goatee or moustache, in the hair's colour, thin or dense."""
+    v = c.v - p['pitch']
+    moustache = curve(u, v - p['mouth_y'] + .065, p['mouth_w'] * .95, torch.tensor(.035)) - .026
+    goatee = ellipse(u, v - p['mouth_y'] - .12, p['mouth_w'] * .8, torch.tensor(.13))
+    full = torch.maximum(.10 + .25 * (1 - (u / .4) ** 2).clamp(min=0) - v, face)
+    kind = p['beard_low']
+    d = torch.where(kind == 0, torch.minimum(full, moustache),
+                    torch.where(kind == 1, torch.minimum(goatee, moustache), moustache))
+    c.paint(p['hair'] * .8 * c.shade, p['beard'] * c.cover(torch.maximum(d, face)))
+
+
+def paint_eyes(c, p, u):
+    """Whites, irises that share a gaze, pupils, lids, brows."""
+    dark = p['skin'] * .35
+    for side in (-1, 1):
+        x = u - side * p['eye_x'] * (1 - .12 * side * p['yaw'])
+        y = c.v - p['eye_y'] - p['pitch']
+        a, b = p['eye_a'] * (1 - .15 * (side * p['yaw']).clamp(min=0)), p['eye_b']
+        white = ellipse(x, y, a, b)
+        c.paint(p['skin'] * .72, c.cover(ellipse(x, y + .01, a * 1.3, b * 1.7)) * .6)  # the socket
+        c.paint(torch.full((1, 3, 1, 1), .94) * c.shade.clamp(max=1), c.cover(white))
+        gx, gy = x - .4 * a * p['gaze_x'], y - .25 * b * p['gaze_y']
+        iris = ellipse(gx, gy, b * .95, b * .95)
+        c.paint(p['iris'], c.cover(torch.maximum(iris, white)))
+        c.paint(torch.full((1, 3, 1, 1), .03), c.cover(torch.maximum(ellipse(gx, gy, b * .45, b * .45), white)))
+        c.paint(dark, c.line(curve(x, y + b, a * 1.1, b * .9), .010 + .012 * p['lid']) * .9)
+        slant = y + p['brow_up'] + p['brow_slant'] * side * x
+        c.paint(p['hair'] * .62, .92 * c.line(curve(x, slant, a * 1.25, p['brow_bend']), p['brow_w']))
+
+
+def paint_nose_and_mouth(c, p, u):
+    """Nose with its shaded side, cheeks, wrinkles, mouth open or closed."""
+    v = c.v - p['pitch']
+    tip = p['eye_y'] + p['nose_len'] + .03
+    lit = -p['light'].cos().sign()
+    ridge = (u - .35 * p['nose_w'] * lit).abs() + .12 * (v - tip).abs()
+    c.paint(p['skin'] * .62, .55 * c.line(ridge, .022 * torch.ones(1)) * c.cover((v - tip + p['nose_len'] / 2).abs() - p['nose_len'] / 2))
+    c.paint(p['skin'] * 1.12, .6 * c.cover(ellipse(u, v - tip + .03, p['nose_w'] * .45, torch.tensor(.03))))
+    for side in (-1, 1):
+        c.paint(p['skin'] * .42, .9 * c.line(curve(u - side * .6 * p['nose_w'], v - tip - .015, p['nose_w'] * .45, torch.tensor(.012)), .014 * torch.ones(1)))
+        cheek = ellipse(u - side * .25, v - .17, torch.tensor(.13), torch.tensor(.10))
+        c.paint(p['skin'] * torch.tensor([1.05, .72, .70]).view(1, 3, 1, 1), p['blush'] * smoothstep(-cheek / .1))
+        fold = curve(v - tip - .07, u - side * (p['nose_w'] + .07), torch.tensor(.08), side * torch.tensor(.03))
+        c.paint(p['skin'] * .6, (p['wrinkle'] * .8).clamp(max=.7) * c.line(fold, .010 * torch.ones(1)))
+    x, y = u, v - p['mouth_y']
+    arc = p['smile']
+    middle = y - arc * (x / p['mouth_w']).clamp(-1, 1) ** 2
+    taper = (1 - (x / p['mouth_w']) ** 2).clamp(min=0).sqrt()
+    half = (p['lip'] + p['open']) * taper
+    edge = torch.maximum(x.abs() - p['mouth_w'], middle.abs() - half)
+    c.paint(p['lips'] * c.shade, c.cover(edge))
+    inner = torch.maximum(x.abs() - .88 * p['mouth_w'], middle.abs() - p['open'] * taper)
+    c.paint(torch.tensor([.25, .06, .06]).view(1, 3, 1, 1), c.cover(inner) * (p['open'] > 0))
+    teeth = torch.maximum(inner, middle - .15 * p['open'])
+    c.paint(torch.full((1, 3, 1, 1), .93), c.cover(teeth) * (p['open'] > .03) * p['teeth'])
+    c.paint(p['lips'] * .45, c.line(curve(x, y, p['mouth_w'] * .95, arc), .009 * torch.ones(1)) * (p['open'] == 0))
+
+
+def paint_glasses(c, p, u):
+    """Round or square frames, clear or dark lenses."""
+    y = c.v - p['eye_y'] - p['pitch'] - .01
+    for side in (-1, 1):
+        x = u - side * (p['eye_x'] + .005)
+        lens = torch.where(p['round'] > 0, ellipse(x, y, torch.tensor(.15), torch.tensor(.135)),
+                           box(x, y, torch.tensor(.16), torch.tensor(.105), torch.tensor(.04)))
+        c.paint(p['frame'] * .4, p['glasses'] * p['shades'] * .85 * c.cover(lens))
+        c.paint(p['frame'], p['glasses'] * c.line(lens.abs(), p['frame_w']))
+        temple = torch.maximum((y + .03).abs() - p['frame_w'], (x * side - .15).clamp(max=0).abs())
+        c.paint(p['frame'], p['glasses'] * c.cover(torch.maximum(temple, c.u.abs() - p['a'])))
+    bridge = torch.maximum((y + .02).abs() - p['frame_w'], u.abs() - .05)
+    c.paint(p['frame'], p['glasses'] * c.cover(bridge))
+
+
+def paint_front_hair(c, p):
+    """The hair that falls over the forehead -> the share of each pixel that it covers."""
+    x = c.u * p['side']
+    straight = p['hairline'] + .14 * p['bangs'] + .02 * (22 * c.u + p['phase']).sin()
+    parted = p['hairline'] + .05 + .32 * (x + .12) * (x > -.12) + .7 * (-x - .12) * (x <= -.12)
+    middle = p['hairline'] - .06 + .75 * c.u.abs()
+    swept = p['hairline'] - .03 - .10 * (1 - (c.u / .35) ** 2)
+    line = torch.where(p['fringe'] == 0, straight, torch.where(
+        p['fringe'] == 1, parted, torch.where(p['fringe'] == 2, middle, swept)))
+    cap = ellipse(c.u, c.v + .08, p['a'] + .02 + .5 * p['volume'], p['up'] + .9 * p['volume'])
+    side = torch.maximum(cap, (p['a'] - .07 - .1 * c.v) - c.u.abs())      # in front of the ears
+    side = torch.maximum(side, c.v - torch.where(p['length'] > 0, .15, -.08))
+    d = torch.minimum(torch.maximum(cap, c.v - line), side)
+    share = c.cover(d) * (1 - p['bald'])
+    strands = 1 + .16 * (26 * c.u + 5 * c.v + p['phase']).sin() * smoothstep(-c.v + .2)
+    gloss = .22 * smoothstep(1 - ((c.u - .2 * p['light'].cos()) ** 2 + (c.v + .45) ** 2) / .05)
+    c.paint((p['hair'] * strands * c.shade + gloss * (.3 + p['hair'])).clamp(0, 1), share)
+    return share
+
+
+def draw_faces(n, size, seed):
+    """n drawn faces of size x size -> images uint8 (n, 3, size, size), holes bool (n, 1, ...).
+
+    The hole is the face itself (skin, eyes, brows, nose, mouth, beard, glasses) as far as no hair
+    falls over it. The i-th face of a seed does not depend on n, nor its looks on the size.
+    """
+    g = torch.Generator().manual_seed(seed)
+    images, holes = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, 1, size, size, dtype=torch.bool)
+    for i in range(0, n, CHUNK):
+        p = face_parameters(g)
+        c = Canvas(p, size)
+        paint_background(c, p)
+        paint_back_hair(c, p)
+        paint_body(c, p)
+        face = paint_head(c, p)
+        u = c.u - .10 * p['yaw'] * (1 - (c.u / .5) ** 2).clamp(min=0)   # features turn with the head
+        paint_beard(c, p, u, face)
+        paint_nose_and_mouth(c, p, u)
+        paint_eyes(c, p, u)
+        paint_glasses(c, p, u)
+        hair = paint_front_hair(c, p)
+        rest = min(CHUNK, n - i)
+        images[i:i + rest] = to_bytes(2 * c.image[:rest] - 1)
+        holes[i:i + rest] = (c.cover(face) * (1 - hair))[:rest] > .5
+    return images, holes
+
+
+# ---------------------------------------------------------------------------- tasks
+@dataclass
+class Split:
+    """What a run trains and is scored on; uint8 (N, 3, H, W) each, `hole` bool (N, 1, H, W) or None.
+
+    pairs_x, pairs_y: P. measurements: U_y; measurements_x: their true images, for the oracle alone.
+    images: U_x. test_x, test_y, test_hole: what the scores are taken on.
+    """
+    pairs_x: torch.Tensor
+    pairs_y: torch.Tensor
+    measurements: torch.Tensor
+    measurements_x: torch.Tensor
+    images: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    test_hole: torch.Tensor
+
+
+def embedded_faces(size, pairs, measurements, clean, test, seed, validation=False):
+    """The drawn faces as a Split. Pairs and measurements vary with the seed; images, test do not.
+
+    Drawn from four disjoint streams: a seed's, the clean images', the test images', and with
+    validation=True one that stands in for the test images.
+    """
+    x, hole = draw_faces(pairs + measurements, size, 1000 + seed)
+    y = punch_hole(x, hole)
+    test_x, test_hole = draw_faces(test, size, 2 if validation else 1)
+    return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], draw_faces(clean, size, 0)[0],
+                 test_x, punch_hole(test_x, test_hole), test_hole)
+
+
+IMAGE_ENDINGS = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'}
+
+
+def image_files(folder):
+    """All image files below a folder, sorted by path. Errors: no such folder, no image in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder')
+    files = sorted(f for f in folder.rglob('*') if f.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise ValueError(f'{folder}: no image in it ({", ".join(sorted(IMAGE_ENDINGS))})')
+    return files
+
+
+def read_image(path, size, mode='RGB'):
+    """Centre square of an image file, reduced to size x size -> uint8 array (size, size[, 3])."""
+    try:
+        with Image.open(path) as image:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.convert(mode)
+            return np.asarray(image.resize((size, size), Image.Resampling.BOX if side >= size
+                                           else Image.Resampling.BICUBIC,
+                                           box=(left, top, left + side, top + side)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f'{path}: not a readable image ({e})') from e
+
+
+def read_images(files, size):
+    """Image files -> uint8 tensor (N, 3, size, size)."""
+    out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for i, f in enumerate(files):
+        out[i] = torch.from_numpy(read_image(f, size).copy()).permute(2, 0, 1)
+    return out
+
+
+FACE_PARTS = ('skin', 'nose', 'eye_g', 'l_eye', 'r_eye', 'l_brow', 'r_brow', 'mouth', 'u_lip', 'l_lip')
+
+
+def celeba_hole(root, index, size):
+    """Hole of CelebAMask-HQ's image `index`: the union of the face's parts -> bool (size, size)."""
+    hole = np.zeros((size, size), bool)
+    for part in FACE_PARTS:
+        path = root / 'CelebAMask-HQ-mask-anno' / str(index // 2000) / f'{index:05d}_{part}.png'
+        if path.exists():                                           # an absent part has no file
+            hole |= read_image(path, size, 'L') >= 128
+    return hole
+
+
+def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None,
+                   validation=False):
+    """CelebAMask-HQ in its own layout, with more clean images from a folder, as a Split.
+
+    In one fixed random order of the data set: test images, then (if `images` does not suffice)
+    clean ones; the rest is shuffled by the seed into pairs and measurements. With validation=True
+    the test images are left out and as many others, the next in that order, stand in for them.
+    Errors: another layout, too few images.
+    """
+    root = Path(root)
+    folder = root / 'CelebA-HQ-img'
+    if not folder.is_dir() or not (root / 'CelebAMask-HQ-mask-anno').is_dir():
+        raise ValueError(f'{root}: not CelebAMask-HQ: needs the folders CelebA-HQ-img and '
+                         'CelebAMask-HQ-mask-anno')
+    names = sorted(int(f.stem) for f in image_files(folder) if f.stem.isdigit())
+    more = image_files(images)[:clean] if images else []
+    need = pairs + measurements + (clean - len(more)) + test * (2 if validation else 1)
+    if need > len(names):
+        raise ValueError(
+            f'{root}: holds {len(names)} images (and --images {len(more)}); --pairs {pairs} '
+            f'--measurements {measurements} --clean {clean} --test {test} need {need} of them')
+    order = np.random.default_rng(0).permutation(names)
+    order = order[test:] if validation else order
+    test_ids, clean_ids, rest = np.split(order, [test, test + clean - len(more)])
+    rest = np.random.default_rng(1 + seed).permutation(rest)[:pairs + measurements]
+
+    def load(ids):
+        x = read_images([folder / f'{i}.jpg' for i in ids], size)
+        hole = np.stack([celeba_hole(root, i, size) for i in ids])
+        return x, torch.from_numpy(hole)[:, None]
+
+    x, hole = load(rest)
+    y = punch_hole(x, hole)
+    test_x, test_hole = load(test_ids)
+    unpaired = read_images([folder / f'{i}.jpg' for i in clean_ids] + more, size)
+    return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], unpaired,
+                 test_x, punch_hole(test_x, test_hole), test_hole)

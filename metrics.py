@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Image metrics, from sud2. Copy freely; imports nothing else from this project.
+
+Images are `(B, C, H, W)` of any float type and range; `data_range` is the width of that range (2
+for [-1, 1], 1 for [0, 1], 255 for bytes as floats) and never guessed. One value an image, `(B,)`.
+
+    >>> x = torch.zeros(1, 3, 16, 16)
+    >>> round(psnr(x + 0.1, x, data_range=1.0).item(), 4)
+    20.0
+    >>> round(ssim(x + 0.1, x, data_range=1.0).item(), 4)
+    0.0099
+
+Conventions: PSNR per image, then mean (not pooled over the batch). SSIM with an 11x11 Gaussian
+window of σ 1.5, K = (0.01, 0.03), population covariance, valid region, mean over channels.
+"""
+import math
+
+import torch
+
+
+def psnr(x_hat, x, *, data_range, mask=None):
+    """Peak signal-to-noise ratio in dB, (B,); inf for equal images.
+
+    With mask (B, 1, H, W), bool, over the pixels where it is True; NaN for an empty mask.
+    """
+    error = (x_hat.float() - x.float()).square()
+    if mask is None:
+        mse = error.flatten(1).mean(1)
+    else:
+        m = mask.expand_as(error).flatten(1)
+        mse = (error.flatten(1) * m).sum(1) / m.sum(1)
+    return 10 * torch.log10(data_range ** 2 / mse)
+
+
+def gaussian_band(n, device, sigma=1.5, taps=11):
+    """(n - 10, n) matrix that blurs a row of n with the window, valid region only."""
+    g = torch.exp(-(torch.arange(taps, device=device) - taps // 2) ** 2 / (2 * sigma ** 2))
+    band = torch.zeros(n - taps + 1, n, device=device)
+    for k in range(taps):
+        band.diagonal(k).fill_(g[k] / g.sum())
+    return band
+
+
+def ssim(x_hat, x, *, data_range):
+    """Structural similarity, (B,), 1 for equal images. Wang et al. 2004, (13).
+
+    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, in
+    chunks of 32 images that stay in the cache.
+    """
+    H, W = x.shape[-2:]
+    if min(H, W) < 11:
+        raise ValueError(f'SSIM needs images of at least 11 x 11, got {H} x {W}')
+    rows, cols = gaussian_band(H, x.device), gaussian_band(W, x.device).T
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = []
+    for a, b in zip(x_hat.float().split(32), x.float().split(32)):
+        blurred = rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols
+        mu_a, mu_b, squares, product = blurred.unbind(0)
+        mu_ab, mu_sq = mu_a * mu_b, mu_a * mu_a + mu_b * mu_b
+        s = ((2 * mu_ab + c1) * (2 * (product - mu_ab) + c2)
+             / ((mu_sq + c1) * (squares - mu_sq + c2)))
+        values.append(s.flatten(1).mean(1))
+    return torch.cat(values)
+
+
+def frechet_distance(features_a, features_b):
+    """Fréchet distance of the Gaussians fitted to two feature matrices (N, D), (M, D), a float.
+
+    ‖μa - μb‖² + Tr(Σa + Σb - 2 (Σa Σb)^½), covariances with n - 1. The trace of the root is the
+    sum of singular values of Xa Xbᵀ, with X the centred rows over sqrt(n - 1): real, never
+    negative, no matrix root, and exact also with fewer samples than dimensions.
+    Errors: fewer than two samples on a side.
+    """
+    a, b = features_a.double(), features_b.double()
+    if min(len(a), len(b)) < 2:
+        raise ValueError('the Fréchet distance needs at least two samples on each side')
+    mean = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (a, b))
+    # with more rows than columns, a square root of the covariance of D rows has the same products
+    a, b = (torch.linalg.qr(f, mode='r')[1] if len(f) > f.shape[1] else f for f in (a, b))
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    return (mean + a.square().sum() + b.square().sum() - 2 * root).clamp(min=0).item()
+
+
+def correlation(vectors, form='signed'):
+    """Mean off-diagonal Pearson correlation of B vectors (B, ...), flattened; a scalar.
+
+    1 when all are alike (collapse), at least -1 / (B - 1). form: the mean is over the values
+    ('signed'), their moduli ('abs') or their squares ('square'). A vector without variance counts
+    as uncorrelated with every other; one vector alone gives 0. Differentiable.
+    """
+    v = vectors.flatten(1).float()
+    v = v - v.mean(1, keepdim=True)
+    v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    r = v @ v.T                                                     # (B, B)
+    r = {'signed': r, 'abs': r.abs(), 'square': r.square()}[form]
+    B = len(v)
+    return (r.sum() - r.diagonal().sum()) / max(1, B * (B - 1))

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""One small U-Net, from sud2. Copy freely; imports nothing else from this project.
+
+Images are float `(B, C, H, W)` in [-1, 1]; times t are long `(B,)`, t = 0 is the least noisy step.
+
+    >>> net = UNet(3, 3, channels=32, mults=(1, 2), time=True)
+    >>> x_t, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 999])
+    >>> net(x_t, t).shape
+    torch.Size([2, 3, 32, 32])
+
+What makes it quick on a processor: full resolution is left at once by a strided stem, skips are
+added and not concatenated, attention stands at the coarsest level alone, and GroupNorm has at
+least 16 channels a group, without which it is slow on small channels-last bf16 maps.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def time_embedding(t, dim):
+    """Sinusoids of t (B,) at dim / 2 geometric frequencies -> float (B, dim). Vaswani 2017, 3.5."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(max(1, channels // 16), channels)
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions: (B, C, H, W) -> (B, C, H, W).
+
+    A time embedding (B, time_dim), where there is one, scales and shifts between the two.
+    """
+
+    def __init__(self, channels, time_dim=0):
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.film = nn.Linear(time_dim, 2 * channels) if time_dim else None
+        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, h, emb=None):
+        r = self.norm2(self.conv1(F.silu(self.norm1(h))))
+        if emb is not None:
+            scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+            r = torch.addcmul(shift.to(r.dtype), r, 1 + scale.to(r.dtype))
+        return h + self.conv2(F.silu(r))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, heads of 32: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h):
+        B, C, H, W = h.shape
+        qkv = self.qkv(self.norm(h)).flatten(2)                     # (B, 3C, HW)
+        q, k, v = qkv.view(B, 3, self.heads, C // self.heads, H * W).transpose(3, 4).unbind(1)
+        a = F.scaled_dot_product_attention(q, k, v)                 # (B, heads, HW, C / heads)
+        return h + self.out(a.transpose(2, 3).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """U-Net: (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+    Level i has channels * mults[i] channels at 1 / 2^(i+1) of the input's height and width (the
+    stem halves once), so both must divide by 2^len(mults). With time=True it takes t (B,), long,
+    as its second argument: the noise predictor of a DDPM. With residual=True the input is added to
+    the output: a reconstructor or a denoiser starts as the identity.
+    """
+
+    def __init__(self, in_channels, out_channels, channels=64, mults=(1, 2), *,
+                 time=False, residual=False):
+        super().__init__()
+        self.channels, self.residual, self.factor = channels, residual, 2 ** len(mults)
+        widths = [channels * m for m in mults]
+        dim = 4 * channels if time else 0
+        self.embed = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim),
+                                   nn.SiLU()) if time else None
+        self.stem = nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)
+        self.encoder = nn.ModuleList(
+            nn.ModuleList([Block(w, dim), Block(w, dim)]) for w in widths)
+        self.down = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.attention = Attention(widths[-1])
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
+        self.decoder = nn.ModuleList(
+            nn.ModuleList([Block(w, dim), Block(w, dim)]) for w in widths)
+        self.norm = group_norm(channels)
+        self.head = nn.Conv2d(channels, 4 * out_channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def encode(self, x, t=None):
+        """-> (z, skips, emb): the latent z (B, C', h, w), one skip a finer level, embedded t."""
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f'height and width must divide by {self.factor}, '
+                             f'got {x.shape[-2]} x {x.shape[-1]}')
+        if (t is None) != (self.embed is None):
+            raise ValueError('t (B,) is needed with time=True and not taken without it')
+        dtype = self.stem.weight.dtype                  # bf16 weights work on float images
+        emb = None if t is None else self.embed(time_embedding(t, self.channels).to(dtype))
+        h, skips = self.stem(x.to(dtype)), []
+        for i, blocks in enumerate(self.encoder):
+            for block in blocks:
+                h = block(h, emb)
+            if i < len(self.down):
+                skips.append(h)
+                h = self.down[i](h)
+        return self.attention(h), skips, emb
+
+    def forward(self, x, t=None, latent=False):
+        """-> (B, out_channels, H, W), with latent=True the pair of that and z (B, C', h, w)."""
+        z, skips, emb = self.encode(x, t)
+        h = z
+        for i in reversed(range(len(self.decoder))):
+            if i < len(self.up):
+                h = self.up[i](h) + skips[i]
+            for block in self.decoder[i]:
+                h = block(h, emb)
+        out = F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2).to(x.dtype)
+        out = x + out if self.residual else out
+        return (out, z) if latent else out
