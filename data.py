@@ -54,7 +54,8 @@ def ellipse(x, y, a, b):
 def box(x, y, a, b, r):
     """Signed distance to the box of half sides a, b with corners rounded by r."""
     dx, dy = x.abs() - (a - r), y.abs() - (b - r)
-    return (dx.clamp(min=0) ** 2 + dy.clamp(min=0) ** 2).sqrt() + torch.maximum(dx, dy).clamp(max=0) - r
+    outside = (dx.clamp(min=0) ** 2 + dy.clamp(min=0) ** 2).sqrt()
+    return outside + torch.maximum(dx, dy).clamp(max=0) - r
 
 
 def curve(x, y, half, bend):
@@ -158,10 +159,11 @@ class Canvas:
 
     def line(self, d, width):
         """Share of each pixel covered by a line of half-width `width` at distance d, d >= 0."""
-        return self.cover(d - width) * (2 * width / self.pixel).clamp(max=1)
+        thin = torch.as_tensor(2 * width / self.pixel).clamp(max=1)
+        return self.cover(d - width) * thin
 
     def paint(self, colour, share):
-        self.image = torch.lerp(self.image, colour, share)
+        self.image = torch.lerp(self.image, torch.as_tensor(colour), share)
 
 
 def paint_background(c, p):
@@ -177,23 +179,24 @@ def paint_back_hair(c, p):
     wave = p['wave'] * (p['wave_f'] * (c.u + c.v) + p['phase']).sin()
     head = ellipse(c.u, c.v + .08, p['a'] + p['volume'], p['up'] + p['volume']) + wave
     middle, half = (p['length'] - .35) / 2, ((p['length'] + .35) / 2).clamp(min=.02)
-    fall = box(c.u, c.v - middle, p['a'] + .6 * p['volume'], half, torch.tensor(.12)) + wave
+    fall = box(c.u, c.v - middle, p['a'] + .6 * p['volume'], half, .12) + wave
     afro = ellipse(c.u, c.v + .2, p['a'] + .26, p['up'] + .2)
-    d = torch.where(p['afro'] > 0, afro, torch.where(p['length'] > 0, torch.minimum(head, fall), head))
+    long = torch.where(p['length'] > 0, torch.minimum(head, fall), head)
+    d = torch.where(p['afro'] > 0, afro, long)
     c.paint(p['hair'] * .82 * c.shade, c.cover(d + 2 * p['bald']))
 
 
 def paint_body(c, p):
     """Neck with the chin's shadow, shoulders, and what is worn on them."""
     neck = p['a'] * (.48 + .1 * p['masculine'])
-    c.paint(p['skin'] * .88 * c.shade, c.cover(box(c.u, c.v - .7, neck, torch.tensor(.45), torch.tensor(.05))))
+    c.paint(p['skin'] * .88 * c.shade, c.cover(box(c.u, c.v - .7, neck, .45, .05)))
     shadow = smoothstep((.78 - c.v) / .25) * .35
     c.paint(p['skin'] * .5, shadow * c.cover(c.u.abs() - neck) * c.cover(.3 - c.v))
-    body = ellipse(c.x - p['cx'], c.y - 1.28, p['shoulder'], torch.tensor(.52))
+    body = ellipse(c.x - p['cx'], c.y - 1.28, p['shoulder'], .52)
     stripes = p['stripes'] * ((c.y * p['stripe_f']).sin() > .2)
     worn = torch.lerp(p['cloth'], p['cloth2'], stripes) * c.shade
     vee = (c.x - p['cx']).abs() + .45 * (c.y - 1.12)                # an open collar, a round one
-    crew = ellipse(c.x - p['cx'], c.y - .74, neck + .06, torch.tensor(.13))
+    crew = ellipse(c.x - p['cx'], c.y - .74, neck + .06, .13)
     cut = torch.where(p['neckline'] == 0, vee, torch.where(p['neckline'] == 1, crew, torch.ones(1)))
     c.paint(worn, c.cover(torch.maximum(body, -cut)))
     collar = torch.maximum(body, (vee.abs() - .05))
@@ -204,11 +207,12 @@ def paint_head(c, p):
     """Ears and the face without its features -> signed distance of the face's outline."""
     for side in (-1, 1):
         ear = ellipse(c.u - side * (p['a'] + .01 - .04 * side * p['yaw']), c.v + .02,
-                      torch.tensor(.06), torch.tensor(.12))
+                      .06, .12)
         c.paint(p['skin'] * .86 * c.shade, c.cover(ear))
     b = torch.where(c.v < 0, p['up'], p['low'])
     k = torch.where(c.v < 0, 2.0, p['jaw'])
-    r = ((c.u / p['a']).abs().clamp(min=1e-4) ** k + (c.v / b).abs().clamp(min=1e-4) ** k) ** (1 / k)
+    x, y = (c.u / p['a']).abs().clamp(min=1e-4), (c.v / b).abs().clamp(min=1e-4)
+    r = (x ** k + y ** k) ** (1 / k)                                # jaws are squarer than ellipses
     face = (r - 1) * torch.minimum(p['a'], b)
     rim = 1 - .22 * smoothstep((r - .72) / .3)
     c.paint(p['skin'] * (c.shade * rim).clamp(max=1.25), c.cover(face))
@@ -218,8 +222,8 @@ def paint_head(c, p):
 def paint_beard(c, p, u, face):
     """Full beard, goatee or moustache, in the hair's colour, thin or dense."""
     v = c.v - p['pitch']
-    moustache = curve(u, v - p['mouth_y'] + .065, p['mouth_w'] * .95, torch.tensor(.035)) - .026
-    goatee = ellipse(u, v - p['mouth_y'] - .12, p['mouth_w'] * .8, torch.tensor(.13))
+    moustache = curve(u, v - p['mouth_y'] + .065, p['mouth_w'] * .95, .035) - .026
+    goatee = ellipse(u, v - p['mouth_y'] - .12, p['mouth_w'] * .8, .13)
     full = torch.maximum(.10 + .25 * (1 - (u / .4) ** 2).clamp(min=0) - v, face)
     kind = p['beard_low']
     d = torch.where(kind == 0, torch.minimum(full, moustache),
@@ -236,42 +240,50 @@ def paint_eyes(c, p, u):
         a, b = p['eye_a'] * (1 - .15 * (side * p['yaw']).clamp(min=0)), p['eye_b']
         white = ellipse(x, y, a, b)
         c.paint(p['skin'] * .72, c.cover(ellipse(x, y + .01, a * 1.3, b * 1.7)) * .6)  # the socket
-        c.paint(torch.full((1, 3, 1, 1), .94) * c.shade.clamp(max=1), c.cover(white))
+        c.paint(.94 * c.shade.clamp(max=1), c.cover(white))
         gx, gy = x - .4 * a * p['gaze_x'], y - .25 * b * p['gaze_y']
         iris = ellipse(gx, gy, b * .95, b * .95)
         c.paint(p['iris'], c.cover(torch.maximum(iris, white)))
-        c.paint(torch.full((1, 3, 1, 1), .03), c.cover(torch.maximum(ellipse(gx, gy, b * .45, b * .45), white)))
+        pupil = ellipse(gx, gy, b * .45, b * .45)
+        c.paint(.03, c.cover(torch.maximum(pupil, white)))
         c.paint(dark, c.line(curve(x, y + b, a * 1.1, b * .9), .010 + .012 * p['lid']) * .9)
         slant = y + p['brow_up'] + p['brow_slant'] * side * x
-        c.paint(p['hair'] * .62, .92 * c.line(curve(x, slant, a * 1.25, p['brow_bend']), p['brow_w']))
+        brow = curve(x, slant, a * 1.25, p['brow_bend'])
+        c.paint(p['hair'] * .62, .92 * c.line(brow, p['brow_w']))
 
 
-def paint_nose_and_mouth(c, p, u):
-    """Nose with its shaded side, cheeks, wrinkles, mouth open or closed."""
-    v = c.v - p['pitch']
+def paint_nose(c, p, u):
+    """Nose with its shaded side and nostrils, cheeks, and the folds that come with age."""
+    v, width = c.v - p['pitch'], p['nose_w']
     tip = p['eye_y'] + p['nose_len'] + .03
-    lit = -p['light'].cos().sign()
-    ridge = (u - .35 * p['nose_w'] * lit).abs() + .12 * (v - tip).abs()
-    c.paint(p['skin'] * .62, .55 * c.line(ridge, .022 * torch.ones(1)) * c.cover((v - tip + p['nose_len'] / 2).abs() - p['nose_len'] / 2))
-    c.paint(p['skin'] * 1.12, .6 * c.cover(ellipse(u, v - tip + .03, p['nose_w'] * .45, torch.tensor(.03))))
+    ridge = (u + .35 * width * p['light'].cos().sign()).abs() + .12 * (v - tip).abs()
+    length = c.cover((v - tip + p['nose_len'] / 2).abs() - p['nose_len'] / 2)
+    c.paint(p['skin'] * .62, .55 * c.line(ridge, .022) * length)
+    c.paint(p['skin'] * 1.12, .6 * c.cover(ellipse(u, v - tip + .03, width * .45, .03)))
     for side in (-1, 1):
-        c.paint(p['skin'] * .42, .9 * c.line(curve(u - side * .6 * p['nose_w'], v - tip - .015, p['nose_w'] * .45, torch.tensor(.012)), .014 * torch.ones(1)))
-        cheek = ellipse(u - side * .25, v - .17, torch.tensor(.13), torch.tensor(.10))
-        c.paint(p['skin'] * torch.tensor([1.05, .72, .70]).view(1, 3, 1, 1), p['blush'] * smoothstep(-cheek / .1))
-        fold = curve(v - tip - .07, u - side * (p['nose_w'] + .07), torch.tensor(.08), side * torch.tensor(.03))
-        c.paint(p['skin'] * .6, (p['wrinkle'] * .8).clamp(max=.7) * c.line(fold, .010 * torch.ones(1)))
-    x, y = u, v - p['mouth_y']
-    arc = p['smile']
-    middle = y - arc * (x / p['mouth_w']).clamp(-1, 1) ** 2
-    taper = (1 - (x / p['mouth_w']) ** 2).clamp(min=0).sqrt()
-    half = (p['lip'] + p['open']) * taper
-    edge = torch.maximum(x.abs() - p['mouth_w'], middle.abs() - half)
-    c.paint(p['lips'] * c.shade, c.cover(edge))
-    inner = torch.maximum(x.abs() - .88 * p['mouth_w'], middle.abs() - p['open'] * taper)
+        nostril = curve(u - side * .6 * width, v - tip - .015, width * .45, .012)
+        c.paint(p['skin'] * .42, .9 * c.line(nostril, .014))
+        cheek = ellipse(u - side * .25, v - .17, .13, .10)
+        rosy = p['skin'] * torch.tensor([1.05, .72, .70]).view(1, 3, 1, 1)
+        c.paint(rosy, p['blush'] * smoothstep(-cheek / .1))
+        fold = curve(v - tip - .07, u - side * (width + .07), .08, side * .03)
+        c.paint(p['skin'] * .6, (p['wrinkle'] * .8).clamp(max=.7) * c.line(fold, .010))
+
+
+def paint_mouth(c, p, u):
+    """Lips, closed or open, and open with or without teeth."""
+    x, y, width = u, c.v - p['pitch'] - p['mouth_y'], p['mouth_w']
+    middle = (y - p['smile'] * (x / width).clamp(-1, 1) ** 2).abs()
+    taper = (1 - (x / width) ** 2).clamp(min=0).sqrt()
+    lips = torch.maximum(x.abs() - width, middle - (p['lip'] + p['open']) * taper)
+    c.paint(p['lips'] * c.shade, c.cover(lips))
+    inner = torch.maximum(x.abs() - .88 * width, middle - p['open'] * taper)
     c.paint(torch.tensor([.25, .06, .06]).view(1, 3, 1, 1), c.cover(inner) * (p['open'] > 0))
-    teeth = torch.maximum(inner, middle - .15 * p['open'])
-    c.paint(torch.full((1, 3, 1, 1), .93), c.cover(teeth) * (p['open'] > .03) * p['teeth'])
-    c.paint(p['lips'] * .45, c.line(curve(x, y, p['mouth_w'] * .95, arc), .009 * torch.ones(1)) * (p['open'] == 0))
+    upper = y - p['smile'] * (x / width).clamp(-1, 1) ** 2 - .15 * p['open']
+    teeth = c.cover(torch.maximum(inner, upper)) * (p['open'] > .03) * p['teeth']
+    c.paint(.93, teeth)
+    closed = c.line(curve(x, y, width * .95, p['smile']), .009) * (p['open'] == 0)
+    c.paint(p['lips'] * .45, closed)
 
 
 def paint_glasses(c, p, u):
@@ -279,8 +291,8 @@ def paint_glasses(c, p, u):
     y = c.v - p['eye_y'] - p['pitch'] - .01
     for side in (-1, 1):
         x = u - side * (p['eye_x'] + .005)
-        lens = torch.where(p['round'] > 0, ellipse(x, y, torch.tensor(.15), torch.tensor(.135)),
-                           box(x, y, torch.tensor(.16), torch.tensor(.105), torch.tensor(.04)))
+        lens = torch.where(p['round'] > 0, ellipse(x, y, .15, .135),
+                           box(x, y, .16, .105, .04))
         c.paint(p['frame'] * .4, p['glasses'] * p['shades'] * .85 * c.cover(lens))
         c.paint(p['frame'], p['glasses'] * c.line(lens.abs(), p['frame_w']))
         temple = torch.maximum((y + .03).abs() - p['frame_w'], (x * side - .15).clamp(max=0).abs())
@@ -316,7 +328,8 @@ def draw_faces(n, size, seed):
     falls over it. The i-th face of a seed does not depend on n, nor its looks on the size.
     """
     g = torch.Generator().manual_seed(seed)
-    images, holes = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, 1, size, size, dtype=torch.bool)
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    holes = torch.empty(n, 1, size, size, dtype=torch.bool)
     for i in range(0, n, CHUNK):
         p = face_parameters(g)
         c = Canvas(p, size)
@@ -324,9 +337,10 @@ def draw_faces(n, size, seed):
         paint_back_hair(c, p)
         paint_body(c, p)
         face = paint_head(c, p)
-        u = c.u - .10 * p['yaw'] * (1 - (c.u / .5) ** 2).clamp(min=0)   # features turn with the head
+        u = c.u - .10 * p['yaw'] * (1 - (c.u / .5) ** 2).clamp(min=0)   # the head's turn
         paint_beard(c, p, u, face)
-        paint_nose_and_mouth(c, p, u)
+        paint_nose(c, p, u)
+        paint_mouth(c, p, u)
         paint_eyes(c, p, u)
         paint_glasses(c, p, u)
         hair = paint_front_hair(c, p)
@@ -339,7 +353,7 @@ def draw_faces(n, size, seed):
 # ---------------------------------------------------------------------------- tasks
 @dataclass
 class Split:
-    """What a run trains and is scored on; uint8 (N, 3, H, W) each, `hole` bool (N, 1, H, W) or None.
+    """What a run trains and is scored on: uint8 (N, 3, H, W); test_hole bool (N, 1, H, W) or None.
 
     pairs_x, pairs_y: P. measurements: U_y; measurements_x: their true images, for the oracle alone.
     images: U_x. test_x, test_y, test_hole: what the scores are taken on.
@@ -354,15 +368,15 @@ class Split:
     test_hole: torch.Tensor
 
 
-def embedded_faces(size, pairs, measurements, clean, test, seed, validation=False):
+def embedded_faces(size, pairs, measurements, clean, test, seed, validation=0):
     """The drawn faces as a Split. Pairs and measurements vary with the seed; images, test do not.
 
-    Drawn from four disjoint streams: a seed's, the clean images', the test images', and with
-    validation=True one that stands in for the test images.
+    Drawn from disjoint streams: a seed's, the clean images', the test images' and, for choosing
+    hyper-parameters, `validation` faces that stand in for the test images.
     """
     x, hole = draw_faces(pairs + measurements, size, 1000 + seed)
     y = punch_hole(x, hole)
-    test_x, test_hole = draw_faces(test, size, 2 if validation else 1)
+    test_x, test_hole = draw_faces(validation or test, size, 2 if validation else 1)
     return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], draw_faces(clean, size, 0)[0],
                  test_x, punch_hole(test_x, test_hole), test_hole)
 
@@ -403,7 +417,8 @@ def read_images(files, size):
     return out
 
 
-FACE_PARTS = ('skin', 'nose', 'eye_g', 'l_eye', 'r_eye', 'l_brow', 'r_brow', 'mouth', 'u_lip', 'l_lip')
+FACE_PARTS = ('skin', 'nose', 'eye_g', 'l_eye', 'r_eye', 'l_brow', 'r_brow', 'mouth', 'u_lip',
+              'l_lip')
 
 
 def celeba_hole(root, index, size):
@@ -416,30 +431,30 @@ def celeba_hole(root, index, size):
     return hole
 
 
-def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None,
-                   validation=False):
+def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None, validation=0):
     """CelebAMask-HQ in its own layout, with more clean images from a folder, as a Split.
 
-    In one fixed random order of the data set: test images, then (if `images` does not suffice)
-    clean ones; the rest is shuffled by the seed into pairs and measurements. With validation=True
-    the test images are left out and as many others, the next in that order, stand in for them.
-    Errors: another layout, too few images.
+    In one fixed random order of the data set: test images, `validation` ones that stand in for
+    them (for choosing hyper-parameters), clean ones where `images` does not suffice; the rest is
+    shuffled by the seed into pairs and measurements. Errors: another layout, too few images.
     """
     root = Path(root)
     folder = root / 'CelebA-HQ-img'
     if not folder.is_dir() or not (root / 'CelebAMask-HQ-mask-anno').is_dir():
         raise ValueError(f'{root}: not CelebAMask-HQ: needs the folders CelebA-HQ-img and '
                          'CelebAMask-HQ-mask-anno')
-    names = sorted(int(f.stem) for f in image_files(folder) if f.stem.isdigit())
+    numbers = sorted(int(f.stem) for f in image_files(folder) if f.stem.isdigit())
+    masks = {int(f.stem[:5]): f for f in (root / 'CelebAMask-HQ-mask-anno').rglob('*_skin.png')}
+    for i in masks.keys() - set(numbers):
+        raise ValueError(f'{masks[i]}: a mask without an image in {folder}')
     more = image_files(images)[:clean] if images else []
-    need = pairs + measurements + (clean - len(more)) + test * (2 if validation else 1)
-    if need > len(names):
+    sizes = [test, validation, clean - len(more), pairs + measurements]
+    if sum(sizes) > len(numbers):
         raise ValueError(
-            f'{root}: holds {len(names)} images (and --images {len(more)}); --pairs {pairs} '
-            f'--measurements {measurements} --clean {clean} --test {test} need {need} of them')
-    order = np.random.default_rng(0).permutation(names)
-    order = order[test:] if validation else order
-    test_ids, clean_ids, rest = np.split(order, [test, test + clean - len(more)])
+            f'{root}: holds {len(numbers)} images, and --images {len(more)}; --pairs {pairs} '
+            f'--measurements {measurements} --clean {clean} --test {test} need {sum(sizes)} here')
+    order = np.random.default_rng(0).permutation(numbers)
+    test_ids, val_ids, clean_ids, rest = np.split(order, np.cumsum(sizes[:3]))
     rest = np.random.default_rng(1 + seed).permutation(rest)[:pairs + measurements]
 
     def load(ids):
@@ -449,7 +464,7 @@ def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=No
 
     x, hole = load(rest)
     y = punch_hole(x, hole)
-    test_x, test_hole = load(test_ids)
+    test_x, test_hole = load(val_ids if validation else test_ids)
     unpaired = read_images([folder / f'{i}.jpg' for i in clean_ids] + more, size)
     return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], unpaired,
                  test_x, punch_hole(test_x, test_hole), test_hole)

@@ -1,0 +1,714 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""SUD²: few-shot, semi-supervised image reconstruction with an unknown forward model.
+
+Chan, Young, Metzler: SUD²: Supervision by Denoising Diffusion Models for Image Reconstruction
+(2023). Read it in the paper's order: losses, the training loop, evaluation, command line.
+Images are float (B, C, H, W) in [-1, 1] inside; equation numbers are the workshop paper's.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+def load_libraries():
+    """Imports what takes a second, so that --help and a mistyped flag answer at once."""
+    global copy, torch, Image, ImageDraw, ImageFont, data, ddpm, metrics, UNet
+    import copy
+
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    import data
+    import ddpm
+    import metrics
+    from unet import UNet
+
+
+# ---------------------------------------------------------------------------- losses
+# Dev. 1: means over pixels and images where the paper sums over pixels; λ1 and λ2 are rescaled.
+
+def paired_loss(x_hat, x):
+    """L_paired: mean squared error of f(y_p) against x_p, both (B, C, H, W); a scalar."""
+    return (x - x_hat).square().mean()                              # Eq. (1)
+
+
+def denoiser_loss(x_hat, label):
+    """L_denoiser: mean squared distance of f(y_u) to its pseudo-label, both (B, C, H, W); a scalar.
+
+    The pseudo-label is fixed: its gradient in f(y_u) is (3), whatever made the label.
+    """
+    return (x_hat - label.detach()).square().mean()                 # Eq. (2)
+
+
+def reg_loss(z, form='signed'):
+    """L_reg: cov(A, B) / (σ_A σ_B), mean over all pairs of latents z (B, ...) of a mini-batch."""
+    return metrics.correlation(z, form)                             # Dev. 2
+
+
+def total_loss(paired, denoiser, reg, lam1, lam2):
+    """The loss that f is trained with."""
+    return paired + lam1 * denoiser + lam2 * reg                    # Eq. (8)
+
+
+# What each method asks f(y_u) to be, and whether L_reg is on. `supervised` asks nothing.
+METHODS = {
+    'supervised': (None, False),
+    'sud': ('denoise', False),
+    'sud+reg': ('denoise', True),
+    'sud+reg+noise': ('noise, denoise', True),
+    'sud2': ('R∘F', True),
+    'sud2-kl': ('entropy', False),                                  # not in the paper
+    'oracle': ('truth', False),
+}
+
+
+def pseudo_label(kind, x_hat, x_u, prior, denoiser, a, acp, g):
+    """The image (B, C, H, W) that f(y_u) = x_hat is pulled to, no gradient.
+
+    x_u, the true image, is used by the oracle alone.
+    """
+    x_hat = x_hat.detach()
+    if kind == 'truth':
+        return x_u
+    if kind == 'R∘F':                                               # Sec. 3.1
+        return ddpm.R_of_F(prior, x_hat, a.t_start, acp, steps=a.r_steps, eta=a.eta, generator=g)
+    nu = a.sigma * ddpm.noise_like(x_hat, g) if kind == 'noise, denoise' else 0
+    with torch.no_grad():
+        return denoiser(x_hat + nu)                                 # Eq. (9)
+
+
+def entropy_label(x_hat, prior, fake, a, acp, g):
+    """Not in the paper: the pseudo-label of sud2-kl, and the loss that trains D^f along.
+
+    What (4) lacks is the entropy of the outputs: KL(p_{f+ν} ‖ p_{x+ν}) = H(p_{f+ν}, p_{x+ν}) -
+    H(p_{f+ν}). Tweedie's formula (6) on both distributions gives its gradient in f(y_u), up to
+    1 / σ²: D^f(f + ν) - D^x(f + ν). D^x is the prior; D^f, `fake`, starts as the prior and learns
+    the outputs themselves. Where the two agree nothing is pulled: no collapse to a mode, and no
+    drift of what is right already. Outputs (B, C, H, W), a scalar.
+    """
+    x_hat = x_hat.detach()
+    t = torch.randint(*a.kl_range, (len(x_hat),), generator=g, device=x_hat.device)
+    eps = ddpm.noise_like(x_hat, g)
+    x_t = ddpm.add_noise(x_hat, t, eps, acp)
+    eps_f = fake(x_t, t).float()
+    with torch.no_grad():
+        D_f = ddpm.predict_x0(x_t, t, eps_f, acp, clip=False)
+        D_x = ddpm.predict_x0(x_t, t, prior(x_t, t).float(), acp, clip=False)
+    return x_hat - (D_f - D_x), (eps_f - eps).square().mean()
+
+
+# ---------------------------------------------------------------------------- training
+def batch_of(images, index, flip, device):
+    """uint8 images (N, ...) at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
+    x = data.to_float(images[index].to(device))
+    return torch.where(flip.view(-1, 1, 1, 1).to(device), x.flip(-1), x)
+
+
+def draw_batch(g, n, size):
+    """Random indices below n and coin flips for mirroring, (size,) each."""
+    return torch.randint(n, (size,), generator=g), torch.rand(size, generator=g) < .5
+
+
+def learning_rate(step, steps, warmup=50):
+    """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
+    return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit(path, parts, update, steps, log, keep, about, every=30):
+    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `path` if it was cut off.
+
+    parts: name -> module, optimiser, generator or list that the update changes. All of them are
+    saved every `every` seconds; when done, those named in `keep` remain, with `about`, plain values
+    that say what the checkpoint is. update returns a dict of scalars for the progress line.
+    """
+    start, seconds = 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        start, seconds = saved['step'], saved['seconds']
+        for name, state in saved['parts'].items():
+            restore(parts[name], state)
+    began = last_save = last_line = time.monotonic()
+    for step in range(start, steps):
+        numbers = update(step)
+        now, done = time.monotonic(), step == steps - 1
+        if now - last_line > 5 or done:
+            log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
+            last_line = now
+        if now - last_save > every or done:
+            names = keep if done else parts
+            save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began,
+                        'parts': {name: snapshot(parts[name]) for name in names}})
+            last_save = time.monotonic()
+    return seconds + time.monotonic() - began
+
+
+def snapshot(part):
+    """The state of a module, optimiser, generator or list, as tensors and plain values."""
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return list(part) if isinstance(part, list) else part.state_dict()
+
+
+def restore(part, state):
+    """Puts a snapshot back."""
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, list):
+        part[:] = state
+    else:
+        part.load_state_dict(state)
+
+
+def save(path, value):
+    """Writes a checkpoint under a temporary name, then renames it: never half a file."""
+    torch.save(value, f'{path}.tmp')
+    os.replace(f'{path}.tmp', path)
+
+
+class Setup:
+    """What all parts of a run share: flags, device, precision, output folder, schedule."""
+
+    def __init__(self, args):
+        self.a, self.out = args, Path(args.out)
+        auto = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.device = torch.device(auto if args.device == 'auto' else args.device)
+        self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
+        self.acp = ddpm.alphas_cumprod().to(self.device)
+        self.mults = (1,) + (2,) * max(1, round(math.log2(args.size / 16)))   # 8 x 8 at the bottom
+        self.about = {'channels': args.channels, 'mults': list(self.mults), 'size': args.size}
+
+    def amp(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def net(self, seed, **kind):
+        """A U-Net with initial weights of its own seed, the same for every method."""
+        torch.manual_seed(seed)
+        net = UNet(3, 3, self.a.channels, self.mults, **kind)
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def log(self, part):
+        """-> a function that prints a progress line and appends it to log.jsonl."""
+        def line(step, steps, rate, numbers):
+            numbers = {k: float(v) for k, v in numbers.items()}
+            text = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
+            left = (steps - step) / rate
+            print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left', flush=True)
+            with open(self.out / 'log.jsonl', 'a') as f:
+                f.write(json.dumps({'part': part, 'step': step, **numbers}) + '\n')
+        return line
+
+
+def generators(seed, device):
+    """Separate sources of randomness, so that what one method draws does not move another's."""
+    return (torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1),
+            torch.Generator(device).manual_seed(seed + 2))
+
+
+def optimiser(net, lr):
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4, fused=True)
+
+
+def descend(loss, net, opt, lr):
+    """One clipped gradient step at learning rate lr."""
+    opt.param_groups[0]['lr'] = lr
+    opt.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    opt.step()
+
+
+def train_prior(run, images, which):
+    """Trains the DDPM ('prior') or the Gaussian denoiser D_σ ('denoiser') on U_x -> (net, seconds).
+
+    The weights returned are averaged over the steps (EMA).
+    """
+    a, diffusion = run.a, which == 'prior'
+    path = Path(a.prior or run.out) / f'{which}.pt'
+    net = run.net(0, time=diffusion, residual=not diffusion)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    opt = optimiser(net, a.prior_lr)
+    draws, _, noise = generators(0, run.device)
+    steps = a.prior_steps if diffusion else a.denoiser_steps
+
+    def update(step):
+        x = batch_of(images, *draw_batch(draws, len(images), a.prior_batch), run.device)
+        with run.amp():
+            if diffusion:
+                t = torch.randint(len(run.acp), (len(x),), generator=noise, device=run.device)
+                loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
+            else:
+                loss = ddpm.denoiser_loss(net, x, a.sigma, noise)
+        descend(loss, net, opt, a.prior_lr * learning_rate(step, steps))
+        ddpm.ema_update(ema, net, min(.995, (step + 1) / (step + 10)))
+        return {'loss': loss.detach()}
+
+    parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
+    seconds = fit(path, parts, update, steps, run.log(which), ['ema'],
+                  {'kind': which, **run.about})
+    return ema.eval(), seconds
+
+
+def train(run, method, seed, split, prior, denoiser):
+    """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
+    a, (label, reg) = run.a, METHODS[method]
+    lam1, lam2 = (1.0 if label == 'truth' else a.lam1), (a.lam2 if reg else 0.0)
+    f = run.net(seed, residual=True)
+    opt = optimiser(f, a.lr)
+    fake = copy.deepcopy(prior).requires_grad_(label == 'entropy')
+    fake_opt = optimiser(fake, a.kl_lr)
+    paired, unpaired, noise = generators(100 * seed, run.device)
+    curve = []
+
+    def update(step):
+        P = draw_batch(paired, len(split.pairs_x), a.batch)
+        if len(split.pairs_x) <= a.batch:                          # few pairs: all of them
+            P = (torch.arange(len(split.pairs_x)), P[1][:len(split.pairs_x)])
+        x, y = (batch_of(u, *P, run.device) for u in (split.pairs_x, split.pairs_y))
+        with run.amp():
+            x_hat = f(y)
+        numbers = {'paired': paired_loss(x_hat, x)}
+        loss = numbers['paired']
+        if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:
+            U = draw_batch(unpaired, len(split.measurements), a.batch)
+            y_u, x_u = (batch_of(u, *U, run.device) for u in (split.measurements, split.measurements_x))
+            with run.amp():
+                x_hat, z = f(y_u, latent=True)
+                if label == 'entropy':
+                    target, fake_loss = entropy_label(x_hat, prior, fake, a, run.acp, noise)
+                else:
+                    target = pseudo_label(label, x_hat, x_u, prior, denoiser, a, run.acp, noise)
+            if label == 'entropy':
+                descend(fake_loss, fake, fake_opt, a.kl_lr)
+            numbers |= {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(z, a.reg),
+                        'corr': metrics.correlation(x_hat.detach())}
+            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
+        descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
+        if (step + 1) * a.points // a.updates > step * a.points // a.updates:
+            curve.append({'update': step + 1, **score(run, f, split, prior)})
+        return {k: v.detach() for k, v in numbers.items()}
+
+    name = f'{method}-s{seed}'
+    parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
+             'curve': curve}
+    if label == 'entropy':
+        parts |= {'fake': fake, 'fake_opt': fake_opt}
+    seconds = fit(run.out / f'{name}.pt', parts, update, a.updates, run.log(name), ['f', 'curve'],
+                  {'kind': 'reconstructor', 'method': method, **run.about})
+    return f, curve, seconds
+
+
+# ---------------------------------------------------------------------------- evaluation
+def held_out_loss(run, prior, images):
+    """DDPM loss on images that it was not trained on, over a fixed grid of t with fixed noise."""
+    g, losses = torch.Generator().manual_seed(0), []
+    for chunk in data.to_float(images).split(64):
+        t = torch.linspace(0, len(run.acp) - 1, len(chunk)).long().to(run.device)
+        eps = ddpm.noise_like(chunk, g).to(run.device)
+        with torch.no_grad(), run.amp():
+            losses.append(ddpm.ddpm_loss(prior, chunk.to(run.device), t, eps, run.acp).item())
+    return sum(losses) / len(losses)
+
+
+def reconstruct(run, f, y, batch=64):
+    """f on uint8 measurements (N, 3, H, W) -> float (x_hat (N, 3, H, W), z (N, C, h, w)), on the CPU."""
+    out = []
+    for chunk in y.split(batch):
+        with torch.no_grad(), run.amp():
+            out.append(f(data.to_float(chunk.to(run.device)), latent=True))
+    x_hat, z = zip(*out)
+    return torch.cat(x_hat).clamp(-1, 1).float().cpu(), torch.cat(z).float().cpu()
+
+
+def prior_features(run, prior, x, t=50, batch=64):
+    """The DDPM's bottleneck, mean over space, for x float (N, 3, H, W) seen as x_t -> (N, D)."""
+    out = []
+    for chunk in x.split(batch):
+        with torch.no_grad(), run.amp():
+            z, _, _ = prior.encode(chunk.to(run.device), torch.full((len(chunk),), t, device=run.device))
+        out.append(z.float().mean((2, 3)).cpu())
+    return torch.cat(out)
+
+
+def score(run, f, split, prior):
+    """All metrics of f on the test images: a dict of floats, None where one does not apply."""
+    x, hole = data.to_float(split.test_x), split.test_hole
+    x_hat, z = reconstruct(run, f, split.test_y)
+    in_hole = dict.fromkeys(('psnr_hole', 'psnr_visible'))
+    if hole is not None:
+        in_hole = {'psnr_hole': metrics.psnr(x_hat, x, data_range=2, mask=hole).nanmean().item(),
+                   'psnr_visible': metrics.psnr(x_hat, x, data_range=2, mask=~hole).nanmean().item()}
+    fd = metrics.frechet_distance(*(prior_features(run, prior, i) for i in (x_hat, x)))
+    return {'psnr': metrics.psnr(x_hat, x, data_range=2).mean().item(), **in_hole,
+            'ssim': metrics.ssim(x_hat, x, data_range=2).mean().item(), 'lpips': None,
+            'fd_prior': fd, 'fid': None, 'corr_latent': metrics.correlation(z).item(),
+            'corr_output': metrics.correlation(x_hat).item()}
+
+
+def fast_bf16(device):
+    """Whether this device computes faster in bf16: times one convolution both ways, in 2 ms."""
+    return conv_rate(device, torch.bfloat16) > conv_rate(device, torch.float32)
+
+
+def conv_rate(device, dtype):
+    """GFLOP/s of a 3x3 convolution of the network's shape, best of a few."""
+    x = torch.ones(16, 64, 16, 16, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    w = torch.ones(64, 64, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.nn.functional.conv2d(x, w, padding=1)[0, 0, 0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 9 * 64 * x.numel() / min(seconds) / 1e9
+
+
+# ---------------------------------------------------------------------------- table and pictures
+COLUMNS = {                     # key in metrics.json -> heading, format
+    'psnr': ('PSNR ↑', '.2f'), 'psnr_hole': ('in the hole ↑', '.2f'),
+    'psnr_visible': ('visible ↑', '.2f'), 'ssim': ('SSIM ↑', '.3f'), 'lpips': ('LPIPS ↓', '.3f'),
+    'fd_prior': ('FD-prior ↓', '.3f'), 'fid': ('FID ↓', '.2f'),
+    'corr_latent': ('corr. latents', '.3f'), 'corr_output': ('corr. outputs', '.3f'),
+    'best_psnr': ('best PSNR', '.2f'), 'gap': ('gap closed', '.0%'),
+}
+COLOURS = {'supervised': '#555555', 'sud': '#D55E00', 'sud+reg': '#E69F00', 'sud+reg+noise': '#B8A000',
+           'sud2': '#0072B2', 'sud2-kl': '#CC79A7', 'oracle': '#009E73', 'truth': '#000000'}
+
+
+def gap_closed(methods):
+    """Adds to each method's scores the share of the way from supervised's *best* PSNR to the oracle's."""
+    for name, seeds in methods.items():
+        for seed, s in seeds.items():
+            low = methods.get('supervised', {}).get(seed, {}).get('best_psnr')
+            high = methods.get('oracle', {}).get(seed, {}).get('psnr')
+            if low is not None and high is not None and name != 'supervised':
+                s['gap'] = (s['psnr'] - low) / (high - low)
+
+
+def table(methods):
+    """Markdown table, a row a method: mean over seeds, ± standard deviation where there are several."""
+    shown = [c for c in COLUMNS if any(s.get(c) is not None for m in methods.values() for s in m.values())]
+    rows = ['| method | ' + ' | '.join(COLUMNS[c][0] for c in shown) + ' |',
+            '|---|' + '---:|' * len(shown)]
+    for name, seeds in methods.items():
+        cells = []
+        for c in shown:
+            v = torch.tensor([s[c] for s in seeds.values() if s.get(c) is not None], dtype=torch.float64)
+            text = f'{v.mean().item():{COLUMNS[c][1]}}' if len(v) else '–'
+            cells.append(text + (f' ± {v.std().item():{COLUMNS[c][1]}}' if len(v) > 1 else ''))
+        rows.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(rows)
+
+
+def grid(rows, path, columns=10):
+    """Labelled rows of images: name -> uint8 (N, 3, H, W); small images are enlarged."""
+    H, W = next(iter(rows.values())).shape[-2:]
+    scale = max(1, 96 // H)
+    font = ImageFont.load_default(16)
+    left = 16 + max(int(font.getlength(name)) for name in rows)
+    step_x, step_y = W * scale + 4, H * scale + 4
+    sheet = Image.new('RGB', (left + columns * step_x, len(rows) * step_y + 4), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for r, (name, images) in enumerate(rows.items()):
+        draw.text((8, 4 + r * step_y + H * scale / 2), name, 'black', font, anchor='lm')
+        for c, image in enumerate(images[:columns]):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+            tile = tile.resize((W * scale, H * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + c * step_x, 4 + r * step_y))
+    save_picture(sheet, path)
+
+
+def save_picture(picture, path):
+    picture.save(f'{path}.tmp', 'PNG')
+    os.replace(f'{path}.tmp', path)
+
+
+def ticks(low, high, n=5):
+    """About n round numbers that span low .. high."""
+    raw = max(high - low, 1e-9) / n
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= raw)
+    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def plot(panels, path, width=560, height=400):
+    """Panels side by side: (title, x label, y label, {name: [[(x, y), ...] a seed]}) each.
+
+    A line is the mean over seeds; a band spans them. One legend, at the right.
+    """
+    k = 2                                                          # drawn twice as large, then reduced
+    names = list(dict.fromkeys(n for p in panels for n in p[3]))
+    font, small = ImageFont.load_default(15 * k), ImageFont.load_default(13 * k)
+    legend = 50 + max(int(small.getlength(n)) // k for n in names)
+    sheet = Image.new('RGB', ((len(panels) * width + legend) * k, height * k), 'white')
+    draw = ImageDraw.Draw(sheet, 'RGBA')
+    for i, (title, x_label, y_label, series) in enumerate(panels):
+        points = [pt for seeds in series.values() for line in seeds for pt in line]
+        xs, ys = (ticks(min(v), max(v)) for v in zip(*points))
+        box = (i * width + 70, 40, (i + 1) * width - 16, height - 56)
+
+        def at(x, y):
+            return (k * (box[0] + (x - xs[0]) / (xs[-1] - xs[0]) * (box[2] - box[0])),
+                    k * (box[3] - (y - ys[0]) / (ys[-1] - ys[0]) * (box[3] - box[1])))
+        for x in xs:
+            draw.line([at(x, ys[0]), at(x, ys[-1])], '#dddddd', k)
+            draw.text((at(x, 0)[0], k * (box[3] + 6)), f'{x:g}', 'black', small, anchor='mt')
+        for y in ys:
+            draw.line([at(xs[0], y), at(xs[-1], y)], '#dddddd', k)
+            draw.text((k * (box[0] - 6), at(0, y)[1]), f'{y:.6g}', 'black', small, anchor='rm')
+        draw.rectangle([at(xs[0], ys[-1]), at(xs[-1], ys[0])], None, 'black', k)
+        draw.text((k * (box[0] + box[2]) / 2, k * 14), title, 'black', font, anchor='mt')
+        draw.text((k * (box[0] + box[2]) / 2, k * (height - 22)), x_label, 'black', font, anchor='mt')
+        draw.text((k * (i * width + 8), k * 14), y_label, 'black', font, anchor='lt')
+        for name, seeds in series.items():
+            colour = COLOURS.get(name, '#56B4E9')
+            columns = [[pt[0] for pt in col] + [[pt[1] for pt in col]] for col in zip(*seeds)]
+            if len(seeds) > 1:
+                band = [at(c[0], min(c[-1])) for c in columns] + [at(c[0], max(c[-1])) for c in columns[::-1]]
+                draw.polygon(band, colour + '30')
+            draw.line([at(c[0], sum(c[-1]) / len(c[-1])) for c in columns], colour, 2 * k, 'curve')
+    for r, name in enumerate(names):
+        x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
+        draw.line([(x, y), (x + 26 * k, y)], COLOURS.get(name, '#56B4E9'), 3 * k)
+        draw.text((x + 32 * k, y), name, 'black', small, anchor='lm')
+    save_picture(sheet.resize((sheet.width // k, sheet.height // k), Image.Resampling.BOX), path)
+
+
+def curves(methods, path, truth):
+    """PSNR and the correlation of reconstructions against updates, each method."""
+    def series(key):
+        return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
+                for m, seeds in methods.items()}
+    last = max(c['update'] for seeds in methods.values() for s in seeds.values() for c in s['curve'])
+    corr = series('corr_output') | {'truth': [[(0, truth), (last, truth)]]}
+    plot([('PSNR on the test images', 'updates of f', 'dB', series('psnr')),
+          ('Correlation of the reconstructions', 'updates of f', '', corr)], path)
+
+
+# ---------------------------------------------------------------------------- command line
+QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
+         'updates': 100, 'warmup': 40}
+
+
+class Positive:
+    """argparse type: a number of the given kind above (or, with zero=True, not below) zero."""
+
+    def __init__(self, kind, zero=False):
+        self.kind, self.zero = kind, zero
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > 0 or self.zero and value == 0) or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' if self.kind is int else ''}number "
+                f"{'of at least 0' if self.zero else 'above 0'}, got {text!r}")
+        return value
+
+
+def command_line():
+    """The flags: what to run, the method with the paper's symbols, optimisation, the run."""
+    count, zero, real, weight = Positive(int), Positive(int, True), Positive(float), Positive(float, True)
+    p = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
+                    'images and one of clean images, supervised by a diffusion model.')
+    g = p.add_argument_group('what to run')
+    g.add_argument('--task', choices=['inpaint'], default='inpaint', help='what is undone')
+    g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; without it, drawn faces')
+    g.add_argument('--images', metavar='DIR', help='more clean images for U_x')
+    g.add_argument('--method', nargs='+', default=['supervised', 'sud2'], choices=[*METHODS, 'all'],
+                   metavar='NAME', help=f"one or several of {', '.join(METHODS)}; or all")
+    g.add_argument('--seed', nargs='+', type=zero, default=[0], metavar='N',
+                   help='pairs, initial weights and noise; several give mean ± std')
+    g.add_argument('--size', type=count, default=32, help='height and width, pixels')
+    g.add_argument('--pairs', type=count, default=5, help='|P|, before/after pairs')
+    g.add_argument('--measurements', type=count, default=1000, help='|U_y|, degraded images')
+    g.add_argument('--clean', type=count, default=12500, help='|U_x|, clean images')
+    g.add_argument('--test', type=count, default=768, help='test images')
+    g.add_argument('--validation', type=zero, default=0, metavar='N',
+                   help='score on N other images, to choose hyper-parameters; 0: on the test images')
+    g.add_argument('--quick', action='store_true', help='a first picture in a minute: tiny sizes')
+    g = p.add_argument_group('method')
+    g.add_argument('--t-start', type=zero, default=150, help='F noises to this step, 0 .. 999')
+    g.add_argument('--r-steps', type=count, default=4, help='network calls of R')
+    g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
+    g.add_argument('--lam1', type=weight, default=0.1, help='λ1, weight of L_denoiser')
+    g.add_argument('--lam2', type=weight, default=0.1, help='λ2, weight of L_reg')
+    g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
+    g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed', help='form of L_reg')
+    g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 500], metavar='T',
+                   help='sud2-kl: noise steps t are drawn from here')
+    g.add_argument('--kl-lr', type=real, default=2e-4, help='sud2-kl: learning rate of D^f')
+    g = p.add_argument_group('optimisation')
+    g.add_argument('--updates', type=count, default=600, help='updates of f')
+    g.add_argument('--warmup', type=zero, default=100, help='first updates on the pairs alone')
+    g.add_argument('--batch', type=count, default=16, help='measurements, and at most pairs, an update')
+    g.add_argument('--lr', type=real, default=1e-3, help='learning rate of f')
+    g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
+    g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
+    g.add_argument('--prior-batch', type=count, default=32, help='their batch')
+    g.add_argument('--prior-lr', type=real, default=1e-3, help='their learning rate')
+    g.add_argument('--channels', type=count, default=64, help='width of the networks, a multiple of 16')
+    g.add_argument('--points', type=count, default=10, help='scores taken along the way')
+    g = p.add_argument_group('run')
+    g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
+    g.add_argument('--prior', metavar='DIR', help="use another run's prior.pt and denoiser.pt")
+    g.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+    g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
+                   help='of the convolutions; auto takes the faster')
+    g.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    return p
+
+
+def parse(argv=None):
+    """Flags -> namespace, checked as far as it goes without the data; exits with 2 on a mistake."""
+    p = command_line()
+    a = p.parse_args(argv)
+    if a.quick:
+        p.set_defaults(**QUICK)
+        a = p.parse_args(argv)
+    a.out = a.out or f'runs/{a.task}'
+    a.method = list(METHODS) if 'all' in a.method else list(dict.fromkeys(a.method))
+    a.seed = sorted(set(a.seed))
+    levels = max(1, round(math.log2(a.size / 16))) + 1
+    checks = [
+        (a.size < 16 or a.size > 1024, f'--size {a.size}: must be from 16 to 1024'),
+        (a.size % 2 ** levels, f'--size {a.size}: must divide by {2 ** levels}'),
+        (a.channels % 16, f'--channels {a.channels}: must divide by 16'),
+        (a.t_start > 999, f'--t-start {a.t_start}: must be from 0 to 999'),
+        (a.r_steps > a.t_start + 1, f'--r-steps {a.r_steps}: at most t-start + 1 = {a.t_start + 1}'),
+        (a.eta > 1, f'--eta {a.eta}: must be from 0 to 1'),
+        (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
+        (a.images and not a.data, '--images: needs --data'),
+    ]
+    for wrong, message in checks:
+        if wrong:
+            p.error(message)
+    return a
+
+
+def load_split(a, seed):
+    """The task's data for one seed."""
+    sizes = dict(size=a.size, pairs=a.pairs, measurements=a.measurements, clean=a.clean,
+                 test=a.test, seed=seed, validation=a.validation)
+    if a.data:
+        return data.celeba_mask_hq(a.data, images=a.images, **sizes)
+    return data.embedded_faces(**sizes)
+
+
+FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick'}     # may differ when a run goes on
+
+
+def check_config(run):
+    """Writes config.json, or compares with the one that is there. Errors: a flag that differs."""
+    path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
+    if path.exists():
+        there = json.loads(path.read_text())
+        for k, v in config.items():
+            if there.get(k) != v:
+                raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there.get(k)}; '
+                                 'use that value, or another --out')
+    write_json(path, config)
+    return config
+
+
+def write_json(path, value):
+    Path(f'{path}.tmp').write_text(json.dumps(value, indent=1) + '\n')
+    os.replace(f'{path}.tmp', path)
+
+
+def plan(run, needs_denoiser):
+    """Prints what will be done, with sizes, parameters, device and expected minutes."""
+    from torch.utils.flop_counter import FlopCounterMode
+    a, net = run.a, run.net(0, time=True)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        net(torch.zeros(1, 3, a.size, a.size, device=run.device), torch.zeros(1, device=run.device).long())
+    rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
+    forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
+    prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser * a.denoiser_steps)
+    prior = 0 if a.prior else prior
+    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4}
+    f = sum(3 * a.pairs * a.updates + (a.updates - a.warmup) * a.batch * (
+        (3 + calls.get(METHODS[m][0], 1)) if METHODS[m][0] else 0)
+        + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
+    print(f'{a.task}: {a.data or "drawn faces"}, {a.size} x {a.size}; {a.pairs} pairs, {a.measurements} '
+          f'measurements, {a.clean} clean, {a.validation or a.test} '
+          f'{"validation" if a.validation else "test"} images\n'
+          f'methods: {", ".join(a.method)}; seeds {", ".join(map(str, a.seed))}; {a.updates} updates each\n'
+          f'networks of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on '
+          f'{run.device.type}, {"bf16" if run.bf16 else "fp32"}, {torch.get_num_threads()} threads\n'
+          f'about {(prior + f) * forward / 60 + .2:.1f} minutes; output in {run.out}', flush=True)
+
+
+def processor():
+    """The processor's name, as far as the system tells."""
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
+             if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else os.uname().machine
+
+
+def report(run, methods, prior_scores, began, rows, truth_corr):
+    """Writes metrics.json, table.md, grid.png and curves.png; prints the table."""
+    gap_closed(methods)
+    write_json(run.out / 'metrics.json', {
+        'command': 'python sud2.py ' + ' '.join(sys.argv[1:]), 'config': check_config(run),
+        'environment': {'torch': torch.__version__, 'processor': processor(),
+                        'threads': torch.get_num_threads(), 'device': run.device.type,
+                        'precision': 'bf16' if run.bf16 else 'fp32'},
+        'methods': methods, 'truth': {'corr_output': truth_corr}, 'prior': prior_scores,
+        'seconds': time.monotonic() - began,
+        'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+    text = table(methods)
+    (run.out / 'table.md').write_text(text + '\n')
+    grid(rows, run.out / 'grid.png')
+    curves(methods, run.out / 'curves.png', truth_corr)
+    print(f'\n{text}\n\n{run.out}/grid.png\n{run.out}/curves.png')
+
+
+def main(a):
+    """Trains the priors, then each method with each seed, and reports. Errors: ValueError."""
+    began = time.monotonic()
+    run = Setup(a)
+    needs_denoiser = any('denoise' in (METHODS[m][0] or '') for m in a.method)
+    plan(run, needs_denoiser)
+    if a.dry_run:
+        return
+    split = load_split(a, a.seed[0])
+    run.out.mkdir(parents=True, exist_ok=True)
+    check_config(run)
+    prior, seconds = train_prior(run, split.images, 'prior')
+    denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser else None
+    prior_scores = {'eps_loss': held_out_loss(run, prior, split.test_x), 'seconds': seconds}
+    methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
+    for seed in a.seed:
+        split = split if seed == a.seed[0] else load_split(a, seed)
+        for m in a.method:
+            f, curve, seconds = train(run, m, seed, split, prior, denoiser)
+            methods[m][str(seed)] = {**{k: v for k, v in curve[-1].items() if k != 'update'},
+                                     'best_psnr': max(c['psnr'] for c in curve), 'updates': a.updates,
+                                     'seconds': seconds, 'curve': curve}
+            if seed == a.seed[0]:
+                rows[m] = data.to_bytes(reconstruct(run, f, split.test_y[:10])[0])
+    rows['truth'] = split.test_x
+    truth_corr = metrics.correlation(data.to_float(split.test_x)).item()
+    report(run, methods, prior_scores, began, rows, truth_corr)
+
+
+if __name__ == '__main__':
+    args = parse()
+    load_libraries()
+    try:
+        main(args)
+    except ValueError as error:
+        print(f'sud2.py: error: {error}', file=sys.stderr)
+        sys.exit(2)
+else:
+    load_libraries()
