@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gaussian denoiser and diffusion model, from sud2. Copy freely; imports nothing else from this project.
+"""Gaussian denoiser and diffusion model, from sud2. Copy freely; imports nothing else from this
+project.
 
 Every function takes any callable `eps_model(x_t, t)` that predicts the noise: x_t float
 `(B, C, H, W)` (images in [-1, 1] plus noise), t long `(B,)`. Times are 0-based: t = 0 has been

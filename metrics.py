@@ -54,11 +54,14 @@ def ssim(x_hat, x, *, data_range):
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     values = []
     for a, b in zip(x_hat.float().split(32), x.float().split(32)):
-        blurred = rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols
-        mu_a, mu_b, squares, product = blurred.unbind(0)
-        mu_ab, mu_sq = mu_a * mu_b, mu_a * mu_a + mu_b * mu_b
-        s = ((2 * mu_ab + c1) * (2 * (product - mu_ab) + c2)
-             / ((mu_sq + c1) * (squares - mu_sq + c2)))
+        m = b.mean((2, 3), keepdim=True)            # variances of centred images lose no digits
+        a, b = a - m, b - m
+        mu_a, mu_b, squares, product = (
+            rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols).unbind(0)
+        cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
+        mu_a, mu_b = mu_a + m, mu_b + m
+        s = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+             / ((mu_a * mu_a + mu_b * mu_b + c1) * (var + c2)))
         values.append(s.flatten(1).mean(1))
     return torch.cat(values)
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -105,9 +106,21 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
 
 # ---------------------------------------------------------------------------- training
 def batch_of(images, index, flip, device):
-    """uint8 images (N, ...) at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
+    """uint8 images at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
     x = data.to_float(images[index].to(device))
     return torch.where(flip.view(-1, 1, 1, 1).to(device), x.flip(-1), x)
+
+
+def shifted(x, y, most, g):
+    """The same random shift of up to `most` pixels for x and y (B, C, H, W) of a pair, reflected
+    at the border: whatever the forward model is, a few pairs then show more places."""
+    if not most:
+        return x, y
+    padded = torch.nn.functional.pad(torch.cat([x, y], 1), (most,) * 4, mode='reflect')
+    offsets = torch.randint(2 * most + 1, (len(x), 2), generator=g).tolist()
+    H, W = x.shape[2:]
+    both = torch.stack([p[:, i:i + H, j:j + W] for p, (i, j) in zip(padded, offsets)])
+    return both.chunk(2, 1)
 
 
 def draw_batch(g, n, size):
@@ -121,7 +134,7 @@ def learning_rate(step, steps, warmup=50):
 
 
 def fit(path, parts, update, steps, log, keep, about, every=30):
-    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `path` if it was cut off.
+    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `path` if it is there.
 
     parts: name -> module, optimiser, generator or list that the update changes. All of them are
     saved every `every` seconds; when done, those named in `keep` remain, with `about`, plain values
@@ -198,7 +211,8 @@ class Setup:
             numbers = {k: float(v) for k, v in numbers.items()}
             text = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
             left = (steps - step) / rate
-            print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left', flush=True)
+            print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left',
+                  flush=True)
             with open(self.out / 'log.jsonl', 'a') as f:
                 f.write(json.dumps({'part': part, 'step': step, **numbers}) + '\n')
         return line
@@ -254,7 +268,7 @@ def train_prior(run, images, which):
     return ema.eval(), seconds
 
 
-def train(run, method, seed, split, prior, denoiser):
+def train(run, method, seed, split, prior, denoiser, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, (label, reg) = run.a, METHODS[method]
     lam1, lam2 = (1.0 if label == 'truth' else a.lam1), (a.lam2 if reg else 0.0)
@@ -270,13 +284,15 @@ def train(run, method, seed, split, prior, denoiser):
         if len(split.pairs_x) <= a.batch:                          # few pairs: all of them
             P = (torch.arange(len(split.pairs_x)), P[1][:len(split.pairs_x)])
         x, y = (batch_of(u, *P, run.device) for u in (split.pairs_x, split.pairs_y))
+        x, y = shifted(x, y, a.shift, paired)
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
         if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:
             U = draw_batch(unpaired, len(split.measurements), a.batch)
-            y_u, x_u = (batch_of(u, *U, run.device) for u in (split.measurements, split.measurements_x))
+            y_u, x_u = (batch_of(u, *U, run.device)
+                        for u in (split.measurements, split.measurements_x))
             with run.amp():
                 x_hat, z = f(y_u, latent=True)
                 if label == 'entropy':
@@ -290,7 +306,7 @@ def train(run, method, seed, split, prior, denoiser):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
         if (step + 1) * a.points // a.updates > step * a.points // a.updates:
-            curve.append({'update': step + 1, **score(run, f, split, prior)})
+            curve.append({'update': step + 1, **score(f)})
         return {k: v.detach() for k, v in numbers.items()}
 
     name = f'{method}-s{seed}'
@@ -316,7 +332,7 @@ def held_out_loss(run, prior, images):
 
 
 def reconstruct(run, f, y, batch=64):
-    """f on uint8 measurements (N, 3, H, W) -> float (x_hat (N, 3, H, W), z (N, C, h, w)), on the CPU."""
+    """f on uint8 measurements (N, 3, H, W) -> x_hat (N, 3, H, W), z (N, C, h, w) on the CPU."""
     out = []
     for chunk in y.split(batch):
         with torch.no_grad(), run.amp():
@@ -330,24 +346,33 @@ def prior_features(run, prior, x, t=50, batch=64):
     out = []
     for chunk in x.split(batch):
         with torch.no_grad(), run.amp():
-            z, _, _ = prior.encode(chunk.to(run.device), torch.full((len(chunk),), t, device=run.device))
+            times = torch.full((len(chunk),), t, device=run.device)
+            z, _, _ = prior.encode(chunk.to(run.device), times)
         out.append(z.float().mean((2, 3)).cpu())
     return torch.cat(out)
 
 
-def score(run, f, split, prior):
-    """All metrics of f on the test images: a dict of floats, None where one does not apply."""
+def scorer(run, split, prior):
+    """-> a function of f that gives all metrics on the test images; None where one has no meaning.
+
+    fd_prior is the Fréchet distance of the DDPM's features, not the Inception network's.
+    """
     x, hole = data.to_float(split.test_x), split.test_hole
-    x_hat, z = reconstruct(run, f, split.test_y)
-    in_hole = dict.fromkeys(('psnr_hole', 'psnr_visible'))
-    if hole is not None:
-        in_hole = {'psnr_hole': metrics.psnr(x_hat, x, data_range=2, mask=hole).nanmean().item(),
-                   'psnr_visible': metrics.psnr(x_hat, x, data_range=2, mask=~hole).nanmean().item()}
-    fd = metrics.frechet_distance(*(prior_features(run, prior, i) for i in (x_hat, x)))
-    return {'psnr': metrics.psnr(x_hat, x, data_range=2).mean().item(), **in_hole,
-            'ssim': metrics.ssim(x_hat, x, data_range=2).mean().item(), 'lpips': None,
-            'fd_prior': fd, 'fid': None, 'corr_latent': metrics.correlation(z).item(),
-            'corr_output': metrics.correlation(x_hat).item()}
+    features = prior_features(run, prior, x)
+
+    def score(f):
+        x_hat, z = reconstruct(run, f, split.test_y)
+        inside, outside = None, None
+        if hole is not None:
+            inside, outside = (metrics.psnr(x_hat, x, data_range=2, mask=m).nanmean().item()
+                               for m in (hole, ~hole))
+        fd = metrics.frechet_distance(prior_features(run, prior, x_hat), features)
+        return {'psnr': metrics.psnr(x_hat, x, data_range=2).mean().item(), 'psnr_hole': inside,
+                'psnr_visible': outside, 'ssim': metrics.ssim(x_hat, x, data_range=2).mean().item(),
+                'lpips': None, 'fd_prior': fd, 'fid': None,
+                'corr_latent': metrics.correlation(z).item(),
+                'corr_output': metrics.correlation(x_hat).item()}
+    return score
 
 
 def fast_bf16(device):
@@ -375,12 +400,13 @@ COLUMNS = {                     # key in metrics.json -> heading, format
     'corr_latent': ('corr. latents', '.3f'), 'corr_output': ('corr. outputs', '.3f'),
     'best_psnr': ('best PSNR', '.2f'), 'gap': ('gap closed', '.0%'),
 }
-COLOURS = {'supervised': '#555555', 'sud': '#D55E00', 'sud+reg': '#E69F00', 'sud+reg+noise': '#B8A000',
-           'sud2': '#0072B2', 'sud2-kl': '#CC79A7', 'oracle': '#009E73', 'truth': '#000000'}
+COLOURS = {'supervised': '#555555', 'sud': '#D55E00', 'sud+reg': '#E69F00',
+           'sud+reg+noise': '#B8A000', 'sud2': '#0072B2', 'sud2-kl': '#CC79A7',
+           'oracle': '#009E73', 'truth': '#000000'}
 
 
 def gap_closed(methods):
-    """Adds to each method's scores the share of the way from supervised's *best* PSNR to the oracle's."""
+    """Adds to the scores the share of the way from supervised's *best* PSNR to the oracle's."""
     for name, seeds in methods.items():
         for seed, s in seeds.items():
             low = methods.get('supervised', {}).get(seed, {}).get('best_psnr')
@@ -390,16 +416,17 @@ def gap_closed(methods):
 
 
 def table(methods):
-    """Markdown table, a row a method: mean over seeds, ± standard deviation where there are several."""
-    shown = [c for c in COLUMNS if any(s.get(c) is not None for m in methods.values() for s in m.values())]
+    """Markdown table, a row a method: mean over seeds, ± standard deviation of several."""
+    scores = [s for seeds in methods.values() for s in seeds.values()]
+    shown = [c for c in COLUMNS if any(s.get(c) is not None for s in scores)]
     rows = ['| method | ' + ' | '.join(COLUMNS[c][0] for c in shown) + ' |',
             '|---|' + '---:|' * len(shown)]
     for name, seeds in methods.items():
         cells = []
         for c in shown:
-            v = torch.tensor([s[c] for s in seeds.values() if s.get(c) is not None], dtype=torch.float64)
-            text = f'{v.mean().item():{COLUMNS[c][1]}}' if len(v) else '–'
-            cells.append(text + (f' ± {v.std().item():{COLUMNS[c][1]}}' if len(v) > 1 else ''))
+            v, form = [s[c] for s in seeds.values() if s.get(c) is not None], COLUMNS[c][1]
+            text = f'{statistics.mean(v):{form}}' if v else '–'
+            cells.append(text + (f' ± {statistics.stdev(v):{form}}' if len(v) > 1 else ''))
         rows.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
 
@@ -440,7 +467,7 @@ def plot(panels, path, width=560, height=400):
 
     A line is the mean over seeds; a band spans them. One legend, at the right.
     """
-    k = 2                                                          # drawn twice as large, then reduced
+    k = 2                                               # drawn twice as large, then reduced
     names = list(dict.fromkeys(n for p in panels for n in p[3]))
     font, small = ImageFont.load_default(15 * k), ImageFont.load_default(13 * k)
     legend = 50 + max(int(small.getlength(n)) // k for n in names)
@@ -461,15 +488,16 @@ def plot(panels, path, width=560, height=400):
             draw.line([at(xs[0], y), at(xs[-1], y)], '#dddddd', k)
             draw.text((k * (box[0] - 6), at(0, y)[1]), f'{y:.6g}', 'black', small, anchor='rm')
         draw.rectangle([at(xs[0], ys[-1]), at(xs[-1], ys[0])], None, 'black', k)
-        draw.text((k * (box[0] + box[2]) / 2, k * 14), title, 'black', font, anchor='mt')
-        draw.text((k * (box[0] + box[2]) / 2, k * (height - 22)), x_label, 'black', font, anchor='mt')
+        centre = k * (box[0] + box[2]) / 2
+        draw.text((centre, k * 14), title, 'black', font, anchor='mt')
+        draw.text((centre, k * (height - 22)), x_label, 'black', font, anchor='mt')
         draw.text((k * (i * width + 8), k * 14), y_label, 'black', font, anchor='lt')
         for name, seeds in series.items():
             colour = COLOURS.get(name, '#56B4E9')
             columns = [[pt[0] for pt in col] + [[pt[1] for pt in col]] for col in zip(*seeds)]
             if len(seeds) > 1:
-                band = [at(c[0], min(c[-1])) for c in columns] + [at(c[0], max(c[-1])) for c in columns[::-1]]
-                draw.polygon(band, colour + '30')
+                band = [at(c[0], min(c[-1])) for c in columns]
+                draw.polygon(band + [at(c[0], max(c[-1])) for c in columns[::-1]], colour + '30')
             draw.line([at(c[0], sum(c[-1]) / len(c[-1])) for c in columns], colour, 2 * k, 'curve')
     for r, name in enumerate(names):
         x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
@@ -483,7 +511,7 @@ def curves(methods, path, truth):
     def series(key):
         return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
                 for m, seeds in methods.items()}
-    last = max(c['update'] for seeds in methods.values() for s in seeds.values() for c in s['curve'])
+    last = max(x for seeds in series('psnr').values() for line in seeds for x, _ in line)
     corr = series('corr_output') | {'truth': [[(0, truth), (last, truth)]]}
     plot([('PSNR on the test images', 'updates of f', 'dB', series('psnr')),
           ('Correlation of the reconstructions', 'updates of f', '', corr)], path)
@@ -514,7 +542,8 @@ class Positive:
 
 def command_line():
     """The flags: what to run, the method with the paper's symbols, optimisation, the run."""
-    count, zero, real, weight = Positive(int), Positive(int, True), Positive(float), Positive(float, True)
+    count, zero = Positive(int), Positive(int, zero=True)
+    real, weight = Positive(float), Positive(float, zero=True)
     p = argparse.ArgumentParser(
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
@@ -533,7 +562,7 @@ def command_line():
     g.add_argument('--clean', type=count, default=12500, help='|U_x|, clean images')
     g.add_argument('--test', type=count, default=768, help='test images')
     g.add_argument('--validation', type=zero, default=0, metavar='N',
-                   help='score on N other images, to choose hyper-parameters; 0: on the test images')
+                   help='score on N other images, to choose hyper-parameters; 0: the test images')
     g.add_argument('--quick', action='store_true', help='a first picture in a minute: tiny sizes')
     g = p.add_argument_group('method')
     g.add_argument('--t-start', type=zero, default=150, help='F noises to this step, 0 .. 999')
@@ -542,20 +571,24 @@ def command_line():
     g.add_argument('--lam1', type=weight, default=0.1, help='λ1, weight of L_denoiser')
     g.add_argument('--lam2', type=weight, default=0.1, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
-    g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed', help='form of L_reg')
+    g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
+                   help='form of L_reg')
     g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 500], metavar='T',
                    help='sud2-kl: noise steps t are drawn from here')
     g.add_argument('--kl-lr', type=real, default=2e-4, help='sud2-kl: learning rate of D^f')
     g = p.add_argument_group('optimisation')
     g.add_argument('--updates', type=count, default=600, help='updates of f')
     g.add_argument('--warmup', type=zero, default=100, help='first updates on the pairs alone')
-    g.add_argument('--batch', type=count, default=16, help='measurements, and at most pairs, an update')
+    g.add_argument('--batch', type=count, default=16,
+                   help='measurements, and at most pairs, an update')
     g.add_argument('--lr', type=real, default=1e-3, help='learning rate of f')
+    g.add_argument('--shift', type=zero, default=0, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=1e-3, help='their learning rate')
-    g.add_argument('--channels', type=count, default=64, help='width of the networks, a multiple of 16')
+    g.add_argument('--channels', type=count, default=64,
+                   help='width of the networks, a multiple of 16')
     g.add_argument('--points', type=count, default=10, help='scores taken along the way')
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
@@ -583,7 +616,8 @@ def parse(argv=None):
         (a.size % 2 ** levels, f'--size {a.size}: must divide by {2 ** levels}'),
         (a.channels % 16, f'--channels {a.channels}: must divide by 16'),
         (a.t_start > 999, f'--t-start {a.t_start}: must be from 0 to 999'),
-        (a.r_steps > a.t_start + 1, f'--r-steps {a.r_steps}: at most t-start + 1 = {a.t_start + 1}'),
+        (a.r_steps > a.t_start + 1,
+         f'--r-steps {a.r_steps}: at most --t-start + 1 = {a.t_start + 1}'),
         (a.eta > 1, f'--eta {a.eta}: must be from 0 to 1'),
         (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
         (a.images and not a.data, '--images: needs --data'),
@@ -629,7 +663,8 @@ def plan(run, needs_denoiser):
     from torch.utils.flop_counter import FlopCounterMode
     a, net = run.a, run.net(0, time=True)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        net(torch.zeros(1, 3, a.size, a.size, device=run.device), torch.zeros(1, device=run.device).long())
+        net(torch.zeros(1, 3, a.size, a.size, device=run.device),
+            torch.zeros(1, dtype=torch.long, device=run.device))
     rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
     prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser * a.denoiser_steps)
@@ -638,13 +673,16 @@ def plan(run, needs_denoiser):
     f = sum(3 * a.pairs * a.updates + (a.updates - a.warmup) * a.batch * (
         (3 + calls.get(METHODS[m][0], 1)) if METHODS[m][0] else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
-    print(f'{a.task}: {a.data or "drawn faces"}, {a.size} x {a.size}; {a.pairs} pairs, {a.measurements} '
-          f'measurements, {a.clean} clean, {a.validation or a.test} '
+    seeds = ", ".join(map(str, a.seed))
+    print(f'{a.task}: {a.data or "drawn faces"}, {a.size} x {a.size}; {a.pairs} pairs, '
+          f'{a.measurements} measurements, {a.clean} clean, {a.validation or a.test} '
           f'{"validation" if a.validation else "test"} images\n'
-          f'methods: {", ".join(a.method)}; seeds {", ".join(map(str, a.seed))}; {a.updates} updates each\n'
+          f'methods: {", ".join(a.method)}; seeds {seeds}; {a.updates} updates each\n'
           f'networks of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on '
-          f'{run.device.type}, {"bf16" if run.bf16 else "fp32"}, {torch.get_num_threads()} threads\n'
-          f'about {(prior + f) * forward / 60 + .2:.1f} minutes; output in {run.out}', flush=True)
+          f'{run.device.type}, {"bf16" if run.bf16 else "fp32"}, '
+          f'{torch.get_num_threads()} threads\n'
+          f'about {(prior + f) * forward / 60 + .2:.1f} minutes; output in {run.out}',
+          flush=True)
 
 
 def processor():
@@ -690,11 +728,12 @@ def main(a):
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
         split = split if seed == a.seed[0] else load_split(a, seed)
+        score = scorer(run, split, prior)
         for m in a.method:
-            f, curve, seconds = train(run, m, seed, split, prior, denoiser)
-            methods[m][str(seed)] = {**{k: v for k, v in curve[-1].items() if k != 'update'},
-                                     'best_psnr': max(c['psnr'] for c in curve), 'updates': a.updates,
-                                     'seconds': seconds, 'curve': curve}
+            f, curve, seconds = train(run, m, seed, split, prior, denoiser, score)
+            last = {k: v for k, v in curve[-1].items() if k != 'update'}
+            methods[m][str(seed)] = {**last, 'best_psnr': max(c['psnr'] for c in curve),
+                                     'updates': a.updates, 'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
                 rows[m] = data.to_bytes(reconstruct(run, f, split.test_y[:10])[0])
     rows['truth'] = split.test_x
