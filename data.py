@@ -423,12 +423,12 @@ FACE_PARTS = ('skin', 'nose', 'eye_g', 'l_eye', 'r_eye', 'l_brow', 'r_brow', 'mo
 
 def celeba_hole(root, index, size):
     """Hole of CelebAMask-HQ's image `index`: the union of the face's parts -> bool (size, size)."""
-    hole = np.zeros((size, size), bool)
+    covered = np.zeros((size, size))
     for part in FACE_PARTS:
         path = root / 'CelebAMask-HQ-mask-anno' / str(index // 2000) / f'{index:05d}_{part}.png'
         if path.exists():                                           # an absent part has no file
-            hole |= read_image(path, size, 'L') >= 128
-    return hole
+            covered += read_image(path, size, 'L')      # summed: two parts may share a pixel
+    return covered >= 128
 
 
 def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None, validation=0):

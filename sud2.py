@@ -142,7 +142,10 @@ def fit(path, parts, update, steps, log, keep, about, every=30):
     """
     start, seconds = 0, 0.0
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = load(path)
+        for k, v in about.items():
+            if saved.get(k) != v:
+                raise ValueError(f'{path}: made with {k} {saved.get(k)}, this run has {v}')
         start, seconds = saved['step'], saved['seconds']
         for name, state in saved['parts'].items():
             restore(parts[name], state)
@@ -178,6 +181,16 @@ def restore(part, state):
         part.load_state_dict(state)
 
 
+def load(path):
+    """A checkpoint of this program. Errors: a file that is none, or a damaged one."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        saved['step'], saved['parts']
+        return saved
+    except Exception as e:              # whatever a damaged file does to the reader
+        raise ValueError(f'{path}: not a checkpoint of sud2, or damaged; remove it') from e
+
+
 def save(path, value):
     """Writes a checkpoint under a temporary name, then renames it: never half a file."""
     torch.save(value, f'{path}.tmp')
@@ -190,7 +203,11 @@ class Setup:
     def __init__(self, args):
         self.a, self.out = args, Path(args.out)
         auto = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.device = torch.device(auto if args.device == 'auto' else args.device)
+        try:
+            self.device = torch.device(auto if args.device == 'auto' else args.device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f'--device {args.device}: not to be had here') from e
         self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
         self.acp = ddpm.alphas_cumprod().to(self.device)
         self.mults = (1,) + (2,) * max(1, round(math.log2(args.size / 16)))   # 8 x 8 at the bottom
@@ -497,7 +514,7 @@ def plot(panels, path, width=560, height=400):
             columns = [[pt[0] for pt in col] + [[pt[1] for pt in col]] for col in zip(*seeds)]
             if len(seeds) > 1:
                 band = [at(c[0], min(c[-1])) for c in columns]
-                draw.polygon(band + [at(c[0], max(c[-1])) for c in columns[::-1]], colour + '30')
+                draw.polygon(band + [at(c[0], max(c[-1])) for c in columns[::-1]], colour + '18')
             draw.line([at(c[0], sum(c[-1]) / len(c[-1])) for c in columns], colour, 2 * k, 'curve')
     for r, name in enumerate(names):
         x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
@@ -586,7 +603,7 @@ def command_line():
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
-    g.add_argument('--prior-lr', type=real, default=1e-3, help='their learning rate')
+    g.add_argument('--prior-lr', type=real, default=3e-3, help='their learning rate')
     g.add_argument('--channels', type=count, default=64,
                    help='width of the networks, a multiple of 16')
     g.add_argument('--points', type=count, default=10, help='scores taken along the way')
@@ -619,6 +636,9 @@ def parse(argv=None):
         (a.r_steps > a.t_start + 1,
          f'--r-steps {a.r_steps}: at most --t-start + 1 = {a.t_start + 1}'),
         (a.eta > 1, f'--eta {a.eta}: must be from 0 to 1'),
+        (not a.kl_range[0] < a.kl_range[1] <= 1000,
+         f'--kl-range {a.kl_range[0]} {a.kl_range[1]}: needs 0 <= first < second <= 1000'),
+        (a.shift >= a.size, f'--shift {a.shift}: must be below --size'),
         (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
         (a.images and not a.data, '--images: needs --data'),
     ]
@@ -719,6 +739,9 @@ def main(a):
     plan(run, needs_denoiser)
     if a.dry_run:
         return
+    for name in ['prior'] + ['denoiser'] * needs_denoiser:
+        if a.prior and not (Path(a.prior) / f'{name}.pt').exists():
+            raise ValueError(f'--prior {a.prior}: no {name}.pt in it')
     split = load_split(a, a.seed[0])
     run.out.mkdir(parents=True, exist_ok=True)
     check_config(run)
@@ -746,8 +769,10 @@ if __name__ == '__main__':
     load_libraries()
     try:
         main(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f'sud2.py: error: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit('\nstopped; the same command goes on from the last checkpoint')
 else:
     load_libraries()

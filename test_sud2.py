@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests: closed forms and independent paths, never the same formula typed twice."""
+
 import json
 import math
 import os
@@ -23,14 +24,41 @@ from unet import UNet
 
 HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
-TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', '--test', '12', '--channels', '16', '--batch', '4', '--prior-batch', '4', '--prior-steps', '3', '--denoiser-steps', '3', '--updates', '6', '--warmup', '2', '--points', '2']
+TINY = [
+    '--size',
+    '16',
+    '--pairs',
+    '2',
+    '--measurements',
+    '8',
+    '--clean',
+    '16',
+    '--test',
+    '12',
+    '--channels',
+    '16',
+    '--batch',
+    '4',
+    '--prior-batch',
+    '4',
+    '--prior-steps',
+    '3',
+    '--denoiser-steps',
+    '3',
+    '--updates',
+    '6',
+    '--warmup',
+    '2',
+    '--points',
+    '2',
+]
 
 
 def tiny(out, *flags):
     return sud2.parse([*TINY, '--precision', 'fp32', '--out', str(out), *flags])
 
 
-# ---------------------------------------------------------------------------- priors with a closed form
+# --------------------------------------------------------- priors with a closed form
 class GaussianPrior:
     """x ~ N(mu, s²): the noise predictor and the flow to x_0 that an ideal network would have."""
 
@@ -39,27 +67,29 @@ class GaussianPrior:
 
     def eps(self, x_t, t):
         a = ACP.double()[t].view(-1, *[1] * (x_t.dim() - 1))
-        return (1 - a).sqrt() * (x_t - a.sqrt() * self.mu) / (a * self.s ** 2 + 1 - a)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * self.mu) / (a * self.s**2 + 1 - a)
 
 
 class Mixture:
     """x ~ sum_k w_k N(m_k, s² I) in d dimensions, as vectors (B, d)."""
 
     def __init__(self, means, weights, s):
-        self.means, self.w, self.s = (torch.tensor(v, dtype=torch.float64) for v in (means, weights, s))
+        self.means, self.w, self.s = (
+            torch.tensor(v, dtype=torch.float64) for v in (means, weights, s)
+        )
 
     def log_p(self, r, sigma):
         """ln p_{x+ν}(r), ν ~ N(0, sigma² I), up to a constant."""
-        var = self.s ** 2 + sigma ** 2
+        var = self.s**2 + sigma**2
         d2 = (r[:, None] - self.means).square().sum(-1)
         return torch.logsumexp(self.w.log() - d2 / (2 * var), 1)
 
     def mmse(self, r, sigma):
         """E[x | x + ν = r] from the posterior's responsibilities; no gradient of log_p is used."""
-        var = self.s ** 2 + sigma ** 2
+        var = self.s**2 + sigma**2
         d2 = (r[:, None] - self.means).square().sum(-1)
         share = torch.softmax(self.w.log() - d2 / (2 * var), 1)
-        return share @ self.means + self.s ** 2 / var * (r - share @ self.means)
+        return share @ self.means + self.s**2 / var * (r - share @ self.means)
 
     def eps(self, x_t, t):
         a = ACP.double()[t][:, None]
@@ -77,9 +107,10 @@ def test_gaussian_chain_has_the_exact_mean_and_variance(monkeypatch):
         z = torch.zeros_like(x)
         z[next(calls)] = 1
         return z
+
     monkeypatch.setattr(ddpm, 'noise_like', impulse)
     x_T = torch.zeros(T + 2, 1, dtype=torch.float64)
-    x_T[T] = 1                                       # row T + 1 stays the chain of zeros
+    x_T[T] = 1  # row T + 1 stays the chain of zeros
     out = ddpm.R(prior.eps, x_T, T - 1, ACP.double(), steps=T, eta=1.0, clip=False)
     coefficients = out[:-1] - out[-1]
     assert_close(out[-1].item(), 0.699997, atol=2e-5, rtol=0)
@@ -91,42 +122,44 @@ def test_ddim_error_halves_with_the_steps():
     prior, t = GaussianPrior(), 300
     a = ACP.double()[t]
     x_t = torch.linspace(-2, 3, 50, dtype=torch.float64)[:, None]
-    flow = prior.mu + prior.s * (x_t - a.sqrt() * prior.mu) / (a * prior.s ** 2 + 1 - a).sqrt()
-    errors = [(ddpm.R(prior.eps, x_t, t, ACP.double(), steps=k, clip=False) - flow).abs().max().item()
-              for k in (75, 150, 301)]
+    flow = prior.mu + prior.s * (x_t - a.sqrt() * prior.mu) / (a * prior.s**2 + 1 - a).sqrt()
+    errors = [
+        (ddpm.R(prior.eps, x_t, t, ACP.double(), steps=k, clip=False) - flow).abs().max().item()
+        for k in (75, 150, 301)
+    ]
     assert 1.9 < errors[0] / errors[1] < 2.1 and 1.9 < errors[1] / errors[2] < 2.1
-    assert errors[2] < .02
+    assert errors[2] < 0.02
 
 
 def test_ancestral_sampling_has_the_one_step_denoiser_as_its_mean():
     """E[R(x_t)] with eta = 1 and every step is E[x_0 | x_t]; DDIM's R(x_t) is another point."""
-    mixture, t = Mixture([[-1.], [1.]], [.5, .5], .2), 300
+    mixture, t = Mixture([[-1.0], [1.0]], [0.5, 0.5], 0.2), 300
     a = ACP.double()[t]
-    x_t = torch.full((20000, 1), .3, dtype=torch.float64) * a.sqrt()
+    x_t = torch.full((20000, 1), 0.3, dtype=torch.float64) * a.sqrt()
     mmse = mixture.mmse(x_t[:1] / a.sqrt(), ((1 - a) / a).sqrt())
     one = ddpm.R(mixture.eps, x_t[:1], t, ACP.double(), steps=1, clip=False)
     assert_close(one, mmse, atol=1e-6, rtol=0)
     g = torch.Generator().manual_seed(0)
     many = ddpm.R(mixture.eps, x_t, t, ACP.double(), steps=t + 1, eta=1.0, clip=False, generator=g)
-    assert_close(many.mean().item(), mmse.item(), atol=.03, rtol=0)    # 4 standard errors
-    assert many.std() > .7, 'samples, not their mean'
+    assert_close(many.mean().item(), mmse.item(), atol=0.03, rtol=0)  # 4 standard errors
+    assert many.std() > 0.7, 'samples, not their mean'
     ddim = ddpm.R(mixture.eps, x_t[:1], t, ACP.double(), steps=t + 1, clip=False)
-    assert abs(ddim.item() - mmse.item()) > .2
+    assert abs(ddim.item() - mmse.item()) > 0.2
 
 
 def test_forward_operator_moments_and_seed():
-    x = torch.full((1, 1, 400, 400), .5)
+    x = torch.full((1, 1, 400, 400), 0.5)
     out = [ddpm.F(x, 200, ACP, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
-    betas = np.linspace(1e-4, .02, 1000)
+    betas = np.linspace(1e-4, 0.02, 1000)
     a = np.prod(1 - betas[:201])
-    assert_close(out[0].mean().item(), .5 * math.sqrt(a), atol=.006, rtol=0)
-    assert_close(out[0].std().item(), math.sqrt(1 - a), atol=.006, rtol=0)
+    assert_close(out[0].mean().item(), 0.5 * math.sqrt(a), atol=0.006, rtol=0)
+    assert_close(out[0].std().item(), math.sqrt(1 - a), atol=0.006, rtol=0)
 
 
 def test_schedule_values():
     """ᾱ at some t, to three digits, as tabulated for the linear schedule of DDPM."""
-    for t, value in {25: .991, 50: .970, 100: .895, 200: .656, 300: .394, 500: .078}.items():
+    for t, value in {25: 0.991, 50: 0.970, 100: 0.895, 200: 0.656, 300: 0.394, 500: 0.078}.items():
         assert_close(ACP[t].item(), value, atol=6e-4, rtol=0)
     assert ACP.dtype == torch.float32 and len(ACP) == 1000
 
@@ -139,13 +172,34 @@ def test_strided_times():
         ddpm.strided_times(3, 5)
 
 
+@pytest.mark.parametrize(
+    'eta, expected',
+    [
+        (1.0, [-8e-06, 0.166013, -0.088045, 0.132595, -0.011563]),
+        (0.5, [-1.0, 0.085793, -0.04566, 0.115796, 1.0]),
+    ],
+)
+def test_r_agrees_with_the_standard_scheduler(monkeypatch, eta, expected):
+    """diffusers 0.42's DDIMScheduler, 10 steps, 'trailing', clipped, the same network and noise."""
+    draws = iter(torch.sin(torch.arange(5.0) * k)[:, None] for k in range(1, 11))
+    monkeypatch.setattr(ddpm, 'noise_like', lambda x, generator=None: next(draws))
+
+    def eps_model(x_t, t):
+        return torch.sin(3 * x_t) * (0.2 + t[:, None] / 1500)
+
+    out = ddpm.R(eps_model, torch.linspace(-1.5, 1.5, 5)[:, None], 999, ACP, steps=10, eta=eta)
+    assert_close(out.flatten(), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
 def test_r_clips_and_leaves_a_clean_image_alone():
-    """An eps_model that always answers x0 = c gives c, clipped, at every eta and number of steps."""
-    for c, expected in ((.4, .4), (1.7, 1.0)):
+    """An eps_model that always answers x0 = c gives c, clipped, whatever eta and steps."""
+    for c, expected in ((0.4, 0.4), (1.7, 1.0)):
+
         def eps(x_t, t, c=c):
             a = ACP[t].view(-1, 1, 1, 1)
             return (x_t - a.sqrt() * c) / (1 - a).sqrt()
-        for steps, eta in ((1, 0), (4, 0), (7, 1), (201, .5)):
+
+        for steps, eta in ((1, 0), (4, 0), (7, 1), (201, 0.5)):
             out = ddpm.R_of_F(eps, torch.zeros(2, 1, 4, 4), 200, ACP, steps=steps, eta=eta)
             assert_close(out, torch.full_like(out, expected), atol=1e-5, rtol=0)
 
@@ -159,51 +213,64 @@ def test_ddpm_loss_is_zero_for_the_right_noise_and_its_square_for_none():
 
 
 def test_denoiser_loss_of_the_wiener_filter():
-    """For x ~ N(0, s²) the MMSE denoiser scales by s² / (s² + σ²); its error is s² σ² / (s² + σ²)."""
-    s, sigma, g = .5, .2, torch.Generator().manual_seed(0)
+    """For x ~ N(0, s²) the MMSE denoiser scales by k = s² / (s² + σ²); its error is k σ²."""
+    s, sigma, g = 0.5, 0.2, torch.Generator().manual_seed(0)
     x = s * torch.randn(1, 1, 1000, 1000, generator=g)
-    best = s ** 2 / (s ** 2 + sigma ** 2)
-    loss = [ddpm.denoiser_loss(lambda r, k=k: k * r, x, sigma, g).item() for k in (best, best - .1, best + .1)]
-    assert_close(loss[0], best * sigma ** 2, rtol=.01, atol=0)
+    best = s**2 / (s**2 + sigma**2)
+    loss = [
+        ddpm.denoiser_loss(lambda r, k=k: k * r, x, sigma, g).item()
+        for k in (best, best - 0.1, best + 0.1)
+    ]
+    assert_close(loss[0], best * sigma**2, rtol=0.01, atol=0)
     assert loss[0] < min(loss[1:])
 
 
 def test_ema_update():
     a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    for p, v in ((a, 1.), (b, 2.)):
+    for p, v in ((a, 1.0), (b, 2.0)):
         torch.nn.init.constant_(p.weight, v)
-    ddpm.ema_update(a, b, .9)
+    ddpm.ema_update(a, b, 0.9)
     assert_close(a.weight.item(), 1.1)
 
 
-# ---------------------------------------------------------------------------- the paper's statements
+# --------------------------------------------------------- the paper's statements
 def test_theorem_3_1_gradient_3_is_that_of_the_cross_entropy():
     """(3) = 2 σ² x (7), where (5) is taken by autograd from the mixture's exact density."""
-    mixture, sigma, n = Mixture([[-1., 0.], [1., .5], [0., 2.]], [.2, .5, .3], .3), .4, 64
+    mixture, sigma, n = (
+        Mixture([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]], [0.2, 0.5, 0.3], 0.3),
+        0.4,
+        64,
+    )
     f = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     f.requires_grad_()
-    loss = sud2.denoiser_loss(f, mixture.mmse(f, sigma)) * f[0].numel()    # a sum over elements, as (2)
-    gradient_3, = torch.autograd.grad(loss, f)
-    cross_entropy = -mixture.log_p(f, sigma).mean()                        # (4)
-    gradient_5, = torch.autograd.grad(cross_entropy, f)
-    assert_close(gradient_3, 2 * sigma ** 2 * gradient_5)
+    loss = (
+        sud2.denoiser_loss(f, mixture.mmse(f, sigma)) * f[0].numel()
+    )  # a sum over elements, as (2)
+    (gradient_3,) = torch.autograd.grad(loss, f)
+    cross_entropy = -mixture.log_p(f, sigma).mean()  # (4)
+    (gradient_5,) = torch.autograd.grad(cross_entropy, f)
+    assert_close(gradient_3, 2 * sigma**2 * gradient_5)
 
 
 def test_tweedie_6():
-    mixture, sigma = Mixture([[-1.], [1.]], [.3, .7], .25), .5
+    mixture, sigma = Mixture([[-1.0], [1.0]], [0.3, 0.7], 0.25), 0.5
     r = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None].requires_grad_()
-    score, = torch.autograd.grad(mixture.log_p(r, sigma).sum(), r)
-    assert_close(mixture.mmse(r, sigma), r + sigma ** 2 * score)
+    (score,) = torch.autograd.grad(mixture.log_p(r, sigma).sum(), r)
+    assert_close(mixture.mmse(r, sigma), r + sigma**2 * score)
 
 
 def descend_on_mixture(lam2, steps=400):
     """32 outputs in 8 dimensions, free to move, under (2) and L_reg on themselves as latents."""
     means = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).tolist()
-    mixture = Mixture(means, [.25] * 4, .3)
-    f = torch.randn(32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    opt = torch.optim.Adam([f], lr=.03)
+    mixture = Mixture(means, [0.25] * 4, 0.3)
+    f = torch.randn(
+        32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    ).requires_grad_()
+    opt = torch.optim.Adam([f], lr=0.03)
     for _ in range(steps):
-        loss = sud2.total_loss(0, sud2.denoiser_loss(f, mixture.mmse(f, 2.0)), sud2.reg_loss(f), 1.0, lam2)
+        loss = sud2.total_loss(
+            0, sud2.denoiser_loss(f, mixture.mmse(f, 2.0)), sud2.reg_loss(f), 1.0, lam2
+        )
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -212,15 +279,15 @@ def descend_on_mixture(lam2, steps=400):
 
 def test_corollary_3_2_collapse_and_what_l_reg_does():
     collapsed, held = descend_on_mixture(0.0), descend_on_mixture(1.0)
-    assert metrics.correlation(collapsed) > .99 and collapsed.std(0).mean() < .02
-    assert metrics.correlation(held) < .1 and held.std(0).mean() > .15
+    assert metrics.correlation(collapsed) > 0.99 and collapsed.std(0).mean() < 0.02
+    assert metrics.correlation(held) < 0.1 and held.std(0).mean() > 0.15
 
 
 def test_corollary_3_3_smoothing_moves_the_maximum_between_the_modes():
-    mixture = Mixture([[-1.], [1.]], [.5, .5], .2)
+    mixture = Mixture([[-1.0], [1.0]], [0.5, 0.5], 0.2)
     r = torch.linspace(-1.5, 1.5, 301, dtype=torch.float64)[:, None]
-    assert abs(r[mixture.log_p(r, .3).argmax()].abs().item() - 1) < .02
-    assert abs(r[mixture.log_p(r, 1.5).argmax()].item()) < .02
+    assert abs(r[mixture.log_p(r, 0.3).argmax()].abs().item() - 1) < 0.02
+    assert abs(r[mixture.log_p(r, 1.5).argmax()].item()) < 0.02
 
 
 def test_pseudo_label_is_fixed_and_9_is_the_gradient():
@@ -228,67 +295,80 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     denoiser = torch.nn.Conv2d(3, 3, 1)
     a = sud2.parse(['--sigma', '0.5'])
     for kind in ('denoise', 'noise, denoise'):
-        label = sud2.pseudo_label(kind, x_hat, None, None, denoiser, a, ACP, torch.Generator().manual_seed(0))
-        nu = .5 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        label = sud2.pseudo_label(
+            kind, x_hat, None, None, denoiser, a, ACP, torch.Generator().manual_seed(0)
+        )
+        nu = 0.5 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         expected = denoiser(x_hat + nu if kind.startswith('noise') else x_hat).detach()
         assert_close(label, expected)
-        gradient, = torch.autograd.grad(sud2.denoiser_loss(x_hat, label), x_hat)
+        (gradient,) = torch.autograd.grad(sud2.denoiser_loss(x_hat, label), x_hat)
         assert_close(gradient, 2 * (x_hat.detach() - expected) / x_hat.numel())
-    tracked = denoiser(x_hat)                      # a label that carries a graph is cut off all the same
-    gradient, = torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), x_hat)
+    tracked = denoiser(x_hat)  # a label that carries a graph is cut off all the same
+    (gradient,) = torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), x_hat)
     assert_close(gradient, 2 * (x_hat - tracked).detach() / x_hat.numel())
-    assert torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), denoiser.weight, allow_unused=True)[0] is None
+    assert (
+        torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), denoiser.weight, allow_unused=True)[
+            0
+        ]
+        is None
+    )
 
 
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     """KL(p_{f+ν} ‖ p_{x+ν}) of three outputs on a line, integrated on a grid, by autograd."""
-    t, s = 250, .2
+    t, s = 250, 0.2
     sigma = ((1 - ACP.double()[t]) / ACP.double()[t]).sqrt()
-    data_x = Mixture([[-1.], [.6]], [.4, .6], s)
-    f = torch.tensor([-.5, .1, .9], dtype=torch.float64, requires_grad=True)
+    data_x = Mixture([[-1.0], [0.6]], [0.4, 0.6], s)
+    f = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64, requires_grad=True)
     r = torch.linspace(-9, 9, 4001, dtype=torch.float64)
-    p_f = (-(r[:, None] - f).square() / (2 * sigma ** 2)).exp().mean(1) / (2 * math.pi * sigma ** 2).sqrt()
+    p_f = (-(r[:, None] - f).square() / (2 * sigma**2)).exp().mean(1) / (
+        2 * math.pi * sigma**2
+    ).sqrt()
     log_p_x = data_x.log_p(r[:, None], sigma)
-    exact, = torch.autograd.grad((p_f * (p_f.log() - log_p_x)).sum() * (r[1] - r[0]), f)
-    outputs = Mixture(f.detach()[:, None].tolist(), [1 / 3] * 3, 0.)        # D^f, when ideal
+    (exact,) = torch.autograd.grad((p_f * (p_f.log() - log_p_x)).sum() * (r[1] - r[0]), f)
+    outputs = Mixture(f.detach()[:, None].tolist(), [1 / 3] * 3, 0.0)  # D^f, when ideal
     a, g = sud2.parse(['--kl-range', str(t), str(t + 1)]), torch.Generator().manual_seed(0)
     for i in range(3):
         x_hat = f.detach()[i].expand(200000, 1)
         label, _ = sud2.entropy_label(x_hat, data_x.eps, outputs.eps, a, ACP, g)
-        assert_close((x_hat - label).mean().item(), (3 * sigma ** 2 * exact[i]).item(), atol=.01, rtol=0)
+        assert_close(
+            (x_hat - label).mean().item(), (3 * sigma**2 * exact[i]).item(), atol=0.01, rtol=0
+        )
 
 
 def test_sud2_kl_reaches_mean_and_variance_where_2_reaches_the_mode():
     """f(y) = a y + b, y ~ N(0, 1), data N(.3, .5²): (2) ends in a point, sud2-kl in the data."""
-    prior, ends = GaussianPrior(.3, .5), {}
+    prior, ends = GaussianPrior(0.3, 0.5), {}
     flags, g = sud2.parse(['--kl-range', '20', '500']), torch.Generator().manual_seed(0)
     for kind in ('denoise', 'entropy'):
-        a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, -.5))
-        opt = torch.optim.Adam([a, b], lr=.02)
+        a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, -0.5))
+        opt = torch.optim.Adam([a, b], lr=0.02)
         for step in range(600):
-            opt.param_groups[0]['lr'] = .02 * (1 - step / 600)
+            opt.param_groups[0]['lr'] = 0.02 * (1 - step / 600)
             x_hat = a * torch.randn(256, 1, dtype=torch.float64, generator=g) + b
             if kind == 'entropy':
                 outputs = GaussianPrior(b.item(), a.item())
                 label, _ = sud2.entropy_label(x_hat, prior.eps, outputs.eps, flags, ACP, g)
             else:
-                ideal = .3 + .25 / (.25 + .04) * (x_hat - .3)          # D_σ for σ = 0.2
-                label = sud2.pseudo_label(kind, x_hat, None, None, lambda r, d=ideal: d, flags, ACP, g)
+                ideal = 0.3 + 0.25 / (0.25 + 0.04) * (x_hat - 0.3)  # D_σ for σ = 0.2
+                label = sud2.pseudo_label(
+                    kind, x_hat, None, None, lambda r, d=ideal: d, flags, ACP, g
+                )
             opt.zero_grad()
             sud2.denoiser_loss(x_hat, label).backward()
             opt.step()
         ends[kind] = abs(a.item()), b.item()
-    assert_close(ends['entropy'], (.5, .3), atol=.04, rtol=0)
-    assert_close(ends['denoise'], (.0, .3), atol=.04, rtol=0)
+    assert_close(ends['entropy'], (0.5, 0.3), atol=0.04, rtol=0)
+    assert_close(ends['denoise'], (0.0, 0.3), atol=0.04, rtol=0)
 
 
 def test_paired_loss_and_total():
     x = torch.zeros(2, 3, 4, 4)
-    assert_close(sud2.paired_loss(x + .5, x).item(), .25)
-    assert_close(sud2.total_loss(1.0, 10.0, 100.0, .1, .01), 3.0)
+    assert_close(sud2.paired_loss(x + 0.5, x).item(), 0.25)
+    assert_close(sud2.total_loss(1.0, 10.0, 100.0, 0.1, 0.01), 3.0)
 
 
-# ---------------------------------------------------------------------------- training
+# --------------------------------------------------------- training
 def weights(path, part='f'):
     return torch.load(path, weights_only=True)['parts'][part]
 
@@ -313,9 +393,22 @@ def test_run_writes_everything(finished):
     for scores in m['methods'].values():
         s = scores['0']
         assert s['updates'] == 6 and len(s['curve']) == 2 and s['curve'][-1]['update'] == 6
-        assert s['best_psnr'] == max(c['psnr'] for c in s['curve']) and s['psnr'] == s['curve'][-1]['psnr']
-        assert all(math.isfinite(s[k]) for k in ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior',
-                                                 'corr_latent', 'corr_output'))
+        assert (
+            s['best_psnr'] == max(c['psnr'] for c in s['curve'])
+            and s['psnr'] == s['curve'][-1]['psnr']
+        )
+        assert all(
+            math.isfinite(s[k])
+            for k in (
+                'psnr',
+                'psnr_hole',
+                'psnr_visible',
+                'ssim',
+                'fd_prior',
+                'corr_latent',
+                'corr_output',
+            )
+        )
     assert m['peak_mib'] > 0 and m['prior']['eps_loss'] > 0
     rows = (finished / 'table.md').read_text().splitlines()
     assert len(rows) == 2 + len(sud2.METHODS) and '100%' in rows[-1]
@@ -347,8 +440,10 @@ def test_a_flag_that_differs_is_named(finished):
 @pytest.mark.parametrize('part', ['prior', 'denoiser', 'sud2-s0'])
 def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
     """Cut off after two steps of one part, repeated: the same weights, bit for bit."""
+
     class Cut(Exception):
         pass
+
     original = sud2.fit
 
     def cut(path, parts, update, steps, log, keep, about):
@@ -356,7 +451,11 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
             if step == 2 and path.stem == part:
                 raise Cut
             return update(step)
-        return original(path, parts, cut_update, steps, log, keep, about, every=-1)   # save each step
+
+        return original(
+            path, parts, cut_update, steps, log, keep, about, every=-1
+        )  # save each step
+
     monkeypatch.setattr(sud2, 'fit', cut)
     flags = tiny(tmp_path, '--method', 'sud', 'sud2')
     with pytest.raises(Cut):
@@ -370,7 +469,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
 
 def test_learning_rate_and_batches():
     assert sud2.learning_rate(0, 1000) == pytest.approx(1 / 50)
-    assert sud2.learning_rate(500, 1000) == pytest.approx(.5)
+    assert sud2.learning_rate(500, 1000) == pytest.approx(0.5)
     assert sud2.learning_rate(1000, 1000) == pytest.approx(0)
     u = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4) * 85
     both = sud2.batch_of(u, torch.tensor([0, 0]), torch.tensor([False, True]), 'cpu')
@@ -379,34 +478,45 @@ def test_learning_rate_and_batches():
 
 
 def test_gap_closed_is_measured_from_the_best_supervised_value():
-    methods = {'supervised': {'0': {'psnr': 18., 'best_psnr': 20.}}, 'sud2': {'0': {'psnr': 21.}},
-               'oracle': {'0': {'psnr': 24.}}}
+    methods = {
+        'supervised': {'0': {'psnr': 18.0, 'best_psnr': 20.0}},
+        'sud2': {'0': {'psnr': 21.0}},
+        'oracle': {'0': {'psnr': 24.0}},
+    }
     sud2.gap_closed(methods)
-    assert methods['sud2']['0']['gap'] == .25 and methods['oracle']['0']['gap'] == 1
+    assert methods['sud2']['0']['gap'] == 0.25 and methods['oracle']['0']['gap'] == 1
 
 
-# ---------------------------------------------------------------------------- metrics
+# --------------------------------------------------------- metrics
 def test_psnr_closed_form_mask_and_equal_images():
     x = torch.zeros(2, 3, 12, 12)
     y = x.clone()
-    y[1, :, :6] += .5
+    y[1, :, :6] += 0.5
     assert metrics.psnr(y, x, data_range=2)[0] == math.inf
-    assert_close(metrics.psnr(y, x, data_range=2)[1].item(), 10 * math.log10(4 / .125), rtol=1e-6, atol=0)
+    assert_close(
+        metrics.psnr(y, x, data_range=2)[1].item(), 10 * math.log10(4 / 0.125), rtol=1e-6, atol=0
+    )
     mask = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
     mask[:, :, :6] = True
-    assert_close(metrics.psnr(y, x, data_range=1, mask=mask)[1].item(), 10 * math.log10(4), rtol=1e-6, atol=0)
+    assert_close(
+        metrics.psnr(y, x, data_range=1, mask=mask)[1].item(), 10 * math.log10(4), rtol=1e-6, atol=0
+    )
     assert metrics.psnr(y, x, data_range=1, mask=~mask)[1] == math.inf
 
 
 def test_ssim_of_constants_and_scale():
-    a, b = .3, .8
+    a, b = 0.3, 0.8
     x, y = torch.full((1, 3, 16, 20), a), torch.full((1, 3, 16, 20), b)
     expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
     assert_close(metrics.ssim(x, y, data_range=1).item(), expected, atol=1e-5, rtol=0)
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(40, 3, 16, 20, generator=g), torch.rand(40, 3, 16, 20, generator=g)
-    assert_close(metrics.ssim(x, y, data_range=1), metrics.ssim(255 * x, 255 * y, data_range=255),
-                 atol=1e-5, rtol=0)
+    assert_close(
+        metrics.ssim(x, y, data_range=1),
+        metrics.ssim(255 * x, 255 * y, data_range=255),
+        atol=1e-5,
+        rtol=0,
+    )
     assert_close(metrics.ssim(x, x, data_range=1), torch.ones(40))
     assert metrics.ssim(x, y, data_range=1).shape == (40,)
     with pytest.raises(ValueError, match='11 x 11'):
@@ -417,19 +527,25 @@ def test_ssim_by_brute_force():
     """One 13 x 13 image by loops over windows and pixels, in numpy's float64."""
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 13, 13))
-    k = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5 ** 2)) for j in range(11)] for i in range(11)]
+    k = [
+        [math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)]
+        for i in range(11)
+    ]
     total, values = sum(map(sum, k)), []
     for top in range(3):
         for left in range(3):
-            m = {'x': 0., 'y': 0., 'xx': 0., 'yy': 0., 'xy': 0.}
+            m = {'x': 0.0, 'y': 0.0, 'xx': 0.0, 'yy': 0.0, 'xy': 0.0}
             for i in range(11):
                 for j in range(11):
                     w, p, q = k[i][j] / total, x[top + i, left + j], y[top + i, left + j]
                     for key, v in zip(m, (p, q, p * p, q * q, p * q)):
                         m[key] += w * v
             vx, vy, cxy = m['xx'] - m['x'] ** 2, m['yy'] - m['y'] ** 2, m['xy'] - m['x'] * m['y']
-            values.append((2 * m['x'] * m['y'] + .01 ** 2) * (2 * cxy + .03 ** 2)
-                          / ((m['x'] ** 2 + m['y'] ** 2 + .01 ** 2) * (vx + vy + .03 ** 2)))
+            values.append(
+                (2 * m['x'] * m['y'] + 0.01**2)
+                * (2 * cxy + 0.03**2)
+                / ((m['x'] ** 2 + m['y'] ** 2 + 0.01**2) * (vx + vy + 0.03**2))
+            )
     ours = metrics.ssim(*(torch.tensor(i)[None, None] for i in (x, y)), data_range=1)
     assert_close(ours.item(), sum(values) / 9, atol=1e-5, rtol=0)
 
@@ -437,11 +553,15 @@ def test_ssim_by_brute_force():
 def test_frechet_distance_closed_forms():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(500, 8, generator=g)
-    shift = torch.arange(8.)
-    assert_close(metrics.frechet_distance(a, a + shift), shift.square().sum().item(), rtol=1e-5, atol=0)
+    shift = torch.arange(8.0)
+    assert_close(
+        metrics.frechet_distance(a, a + shift), shift.square().sum().item(), rtol=1e-5, atol=0
+    )
     # covariances C and 4 C, one mean: Tr(C + 4 C - 2 * 2 C) = Tr C
     c = a - a.mean(0)
-    assert_close(metrics.frechet_distance(c, 2 * c), c.double().var(0).sum().item(), rtol=1e-5, atol=0)
+    assert_close(
+        metrics.frechet_distance(c, 2 * c), c.double().var(0).sum().item(), rtol=1e-5, atol=0
+    )
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -453,7 +573,7 @@ def test_frechet_distance_with_few_samples():
     assert value == pytest.approx(metrics.frechet_distance(b, a))
     # two samples each: rank-one covariances u uᵀ and v vᵀ, whose root has the trace |u·v|
     u, v = a[0] - a[1], b[0] - b[1]
-    expected = ((a[:2].mean(0) - b[:2].mean(0)).square().sum() + (u @ u + v @ v) / 2 - (u @ v).abs())
+    expected = (a[:2].mean(0) - b[:2].mean(0)).square().sum() + (u @ u + v @ v) / 2 - (u @ v).abs()
     assert metrics.frechet_distance(a[:2], b[:2]) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match='two samples'):
         metrics.frechet_distance(a[:1], b)
@@ -465,16 +585,18 @@ def test_correlation():
     assert metrics.correlation(one.repeat(5, 1)).item() == pytest.approx(1)
     assert metrics.correlation(torch.cat([one, -2 * one + 3])).item() == pytest.approx(-1)
     assert metrics.correlation(torch.cat([one, -one]), 'abs').item() == pytest.approx(1)
-    simplex = torch.eye(6)                                      # the most unlike that six can be
+    simplex = torch.eye(6)  # the most unlike that six can be
     assert metrics.correlation(simplex).item() == pytest.approx(-1 / 5)
     assert metrics.correlation(simplex, 'square').item() == pytest.approx(1 / 25)
     v = torch.randn(7, 30, generator=g)
     r = np.corrcoef(v.numpy())
     assert metrics.correlation(v).item() == pytest.approx((r.sum() - 7) / 42, abs=1e-6)
-    assert metrics.correlation(torch.ones(4, 3)).item() == 0 and metrics.correlation(one).item() == 0
+    assert (
+        metrics.correlation(torch.ones(4, 3)).item() == 0 and metrics.correlation(one).item() == 0
+    )
 
 
-# ---------------------------------------------------------------------------- network
+# --------------------------------------------------------- network
 def test_unet_shapes_and_errors():
     for mults, size in (((1, 2), (32, 48)), ((1, 2, 2), (64, 8))):
         net = UNet(3, 5, 16, mults, time=True)
@@ -494,24 +616,24 @@ def test_unet_shapes_and_errors():
 def test_unet_residual_starts_as_the_identity_and_takes_bf16():
     net, x = UNet(3, 3, 16, residual=True), torch.randn(2, 3, 16, 16)
     assert torch.equal(net(x), x) and torch.equal(UNet(3, 3, 16)(x), 0 * x)
-    torch.nn.init.normal_(net.head.weight, std=.05)
+    torch.nn.init.normal_(net.head.weight, std=0.05)
     out = net(x)
     low = net.bfloat16()(x)
     assert low.dtype == torch.float32
-    assert_close(low, out, atol=.05, rtol=0)
+    assert_close(low, out, atol=0.05, rtol=0)
 
 
 def test_unet_uses_time_and_every_weight():
     net = UNet(3, 3, 16, time=True)
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=.1)
+        torch.nn.init.normal_(p, std=0.1)
     x = torch.randn(2, 3, 16, 16)
     assert not torch.allclose(net(x, torch.tensor([0, 0])), net(x, torch.tensor([0, 900])))
     net(x, torch.tensor([3, 4])).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-# ---------------------------------------------------------------------------- data
+# --------------------------------------------------------- data
 def test_faces_are_reproducible_and_differ():
     x, hole = data.draw_faces(20, 32, seed=3)
     more, _ = data.draw_faces(300, 32, seed=3)
@@ -519,7 +641,7 @@ def test_faces_are_reproducible_and_differ():
     distance = (x[:, None].float() - x[None].float()).abs().mean((2, 3, 4))
     assert distance[~torch.eye(20, dtype=torch.bool)].min() > 8
     area = hole.float().mean((1, 2, 3))
-    assert area.min() > .08 and area.max() < .45 and area.std() > .01
+    assert area.min() > 0.08 and area.max() < 0.45 and area.std() > 0.01
 
 
 @pytest.mark.parametrize('size', [64, 256])
@@ -547,14 +669,16 @@ def test_embedded_split_is_disjoint_and_keeps_images_and_test_over_seeds():
     assert torch.equal(a.pairs_y, c.pairs_y) and not torch.equal(a.test_x, c.test_x)
     everything = torch.cat([a.pairs_x, a.measurements_x, a.images, a.test_x, c.test_x]).flatten(1)
     assert len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
-    assert torch.equal(a.measurements[a.measurements != 128], a.measurements_x[a.measurements != 128])
+    assert torch.equal(
+        a.measurements[a.measurements != 128], a.measurements_x[a.measurements != 128]
+    )
 
 
 def test_bytes_and_floats():
     u = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(data.to_bytes(data.to_float(u)), u)
     assert data.to_float(u).min() == -1 and data.to_float(u).max() == 1
-    assert data.to_bytes(torch.tensor([-3., 3.])).tolist() == [0, 255]
+    assert data.to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 @pytest.fixture
@@ -577,7 +701,9 @@ def celeba(tmp_path):
 
 
 def test_celeba_layout(celeba):
-    s = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0, validation=1)
+    s = data.celeba_mask_hq(
+        celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0, validation=1
+    )
     greys = torch.cat([s.pairs_x, s.measurements_x, s.images, s.test_x])[:, 0, 0, 0]
     assert len(greys.unique()) == 2 + 3 + 1 + 1, 'no image may stand on two sides'
     tested = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0)
@@ -610,21 +736,24 @@ def test_celeba_errors(celeba, tmp_path):
         data.celeba_mask_hq(celeba, **sizes)
 
 
-# ---------------------------------------------------------------------------- command line
-@pytest.mark.parametrize('flags, said', [
-    (['--task', 'paint'], "invalid choice: 'paint'"),
-    (['--method', 'sud9'], "invalid choice: 'sud9'"),
-    (['--pairs', '0'], '--pairs: must be a whole number above 0'),
-    (['--measurements', '-3'], '--measurements: must be'),
-    (['--lr', 'nan'], '--lr: must be a number above 0'),
-    (['--size', '34'], '--size 34: must divide by 4'),
-    (['--size', '4'], '--size 4: must be from 16'),
-    (['--t-start', '1000'], '--t-start 1000'),
-    (['--r-steps', '500'], '--r-steps 500'),
-    (['--channels', '20'], '--channels 20'),
-    (['--meth', 'sud'], 'unrecognized arguments'),
-    (['--images', 'x'], '--images: needs --data'),
-])
+# --------------------------------------------------------- command line
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--task', 'paint'], "invalid choice: 'paint'"),
+        (['--method', 'sud9'], "invalid choice: 'sud9'"),
+        (['--pairs', '0'], '--pairs: must be a whole number above 0'),
+        (['--measurements', '-3'], '--measurements: must be'),
+        (['--lr', 'nan'], '--lr: must be a number above 0'),
+        (['--size', '34'], '--size 34: must divide by 4'),
+        (['--size', '4'], '--size 4: must be from 16'),
+        (['--t-start', '1000'], '--t-start 1000'),
+        (['--r-steps', '500'], '--r-steps 500'),
+        (['--channels', '20'], '--channels 20'),
+        (['--meth', 'sud'], 'unrecognized arguments'),
+        (['--images', 'x'], '--images: needs --data'),
+    ],
+)
 def test_bad_flags(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         sud2.parse(flags)
@@ -633,8 +762,12 @@ def test_bad_flags(capsys, flags, said):
 
 
 def command(*flags, cwd=HERE):
-    return subprocess.run([sys.executable, HERE / 'sud2.py', *map(str, flags)], capture_output=True,
-                          text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, HERE / 'sud2.py', *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
 
 
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path):
@@ -644,12 +777,16 @@ def test_bad_data_is_one_line_and_exit_code_2(tmp_path):
 
 def test_help_answers_before_torch_is_imported(tmp_path):
     (tmp_path / 'torch.py').write_text('raise SystemExit("imported torch")')
-    r = subprocess.run([sys.executable, HERE / 'sud2.py', '--help'], capture_output=True, text=True,
-                       env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    r = subprocess.run(
+        [sys.executable, HERE / 'sud2.py', '--help'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    )
     assert r.returncode == 0 and '--method' in r.stdout
 
 
-# ---------------------------------------------------------------------------- the files themselves
+# --------------------------------------------------------- the files themselves
 LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py']
 
 
@@ -657,9 +794,18 @@ LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py']
 def test_leaf_works_alone(leaf, tmp_path):
     """Copied alone, under another name, its example prints what it says."""
     shutil.copy(HERE / leaf, tmp_path / 'copied.py')
-    r = subprocess.run([sys.executable, '-I', '-c', 'import sys, doctest; sys.path.insert(0, "."); '
-                        'import copied; r = doctest.testmod(copied); print(r.attempted, r.failed)'],
-                       capture_output=True, text=True, cwd=tmp_path)
+    r = subprocess.run(
+        [
+            sys.executable,
+            '-I',
+            '-c',
+            'import sys, doctest; sys.path.insert(0, "."); '
+            'import copied; r = doctest.testmod(copied); print(r.attempted, r.failed)',
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     attempted, failed = map(int, r.stdout.split()[-2:])
     assert r.returncode == 0 and attempted >= 2 and failed == 0, r.stdout + r.stderr
     assert (HERE / leaf).read_text().startswith('# SPDX-License-Identifier: MIT\n')
