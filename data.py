@@ -151,7 +151,7 @@ class Canvas:
         self.u, self.v = cos * x + sin * y, -sin * x + cos * y + .5     # heads turn about the neck
         self.shade = 1 + p['strength'] * ((self.x - p['cx']) * p['light'].cos()
                                           + (self.y - p['cy']) * p['light'].sin())
-        self.image = torch.zeros(CHUNK, 3, size, size)
+        self.image = torch.zeros(len(p['tilt']), 3, size, size)
 
     def cover(self, d):
         """Share of each pixel covered by the region where the signed distance d < 0."""
@@ -321,6 +321,23 @@ def paint_front_hair(c, p):
     return share
 
 
+def paint_faces(p, size):
+    """Faces with parameters p -> images float (B, 3, size, size) in [0, 1], holes bool."""
+    c = Canvas(p, size)
+    paint_background(c, p)
+    paint_back_hair(c, p)
+    paint_body(c, p)
+    face = paint_head(c, p)
+    u = c.u - .10 * p['yaw'] * (1 - (c.u / .5) ** 2).clamp(min=0)       # the head's turn
+    paint_beard(c, p, u, face)
+    paint_nose(c, p, u)
+    paint_mouth(c, p, u)
+    paint_eyes(c, p, u)
+    paint_glasses(c, p, u)
+    hair = paint_front_hair(c, p)
+    return c.image, c.cover(face) * (1 - hair) > .5
+
+
 def draw_faces(n, size, seed):
     """n drawn faces of size x size -> images uint8 (n, 3, size, size), holes bool (n, 1, ...).
 
@@ -330,23 +347,13 @@ def draw_faces(n, size, seed):
     g = torch.Generator().manual_seed(seed)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     holes = torch.empty(n, 1, size, size, dtype=torch.bool)
+    step = max(1, CHUNK * 32 * 32 // size ** 2)             # as many at a time as fit the cache
     for i in range(0, n, CHUNK):
         p = face_parameters(g)
-        c = Canvas(p, size)
-        paint_background(c, p)
-        paint_back_hair(c, p)
-        paint_body(c, p)
-        face = paint_head(c, p)
-        u = c.u - .10 * p['yaw'] * (1 - (c.u / .5) ** 2).clamp(min=0)   # the head's turn
-        paint_beard(c, p, u, face)
-        paint_nose(c, p, u)
-        paint_mouth(c, p, u)
-        paint_eyes(c, p, u)
-        paint_glasses(c, p, u)
-        hair = paint_front_hair(c, p)
-        rest = min(CHUNK, n - i)
-        images[i:i + rest] = to_bytes(2 * c.image[:rest] - 1)
-        holes[i:i + rest] = (c.cover(face) * (1 - hair))[:rest] > .5
+        for j in range(i, min(n, i + CHUNK), step):
+            k = min(n, i + CHUNK, j + step)
+            x, holes[j:k] = paint_faces({key: v[j - i:k - i] for key, v in p.items()}, size)
+            images[j:k] = to_bytes(2 * x - 1)
     return images, holes
 
 

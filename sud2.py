@@ -77,11 +77,11 @@ def pseudo_label(kind, x_hat, x_u, prior, denoiser, a, acp, g):
     x_hat = x_hat.detach()
     if kind == 'truth':
         return x_u
-    if kind == 'R∘F':                                               # Sec. 3.1
+    if kind == 'R∘F':                                               # Sec. 3.1, Dev. 4
         return ddpm.R_of_F(prior, x_hat, a.t_start, acp, steps=a.r_steps, eta=a.eta, generator=g)
     nu = a.sigma * ddpm.noise_like(x_hat, g) if kind == 'noise, denoise' else 0
     with torch.no_grad():
-        return denoiser(x_hat + nu)                                 # Eq. (9)
+        return denoiser(x_hat + nu)                                 # Eq. (9), Dev. 7
 
 
 def entropy_label(x_hat, prior, fake, a, acp, g):
@@ -289,7 +289,7 @@ def train(run, method, seed, split, prior, denoiser, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, (label, reg) = run.a, METHODS[method]
     lam1, lam2 = (1.0 if label == 'truth' else a.lam1), (a.lam2 if reg else 0.0)
-    f = run.net(seed, residual=True)
+    f = run.net(seed, residual=True)                                # Dev. 6
     opt = optimiser(f, a.lr)
     fake = copy.deepcopy(prior).requires_grad_(label == 'entropy')
     fake_opt = optimiser(fake, a.kl_lr)
@@ -301,12 +301,12 @@ def train(run, method, seed, split, prior, denoiser, score):
         if len(split.pairs_x) <= a.batch:                          # few pairs: all of them
             P = (torch.arange(len(split.pairs_x)), P[1][:len(split.pairs_x)])
         x, y = (batch_of(u, *P, run.device) for u in (split.pairs_x, split.pairs_y))
-        x, y = shifted(x, y, a.shift, paired)
+        x, y = shifted(x, y, a.shift, paired)                       # Dev. 5
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
-        if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:
+        if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:   # Dev. 3
             U = draw_batch(unpaired, len(split.measurements), a.batch)
             y_u, x_u = (batch_of(u, *U, run.device)
                         for u in (split.measurements, split.measurements_x))
