@@ -585,7 +585,7 @@ def command_line():
     g.add_argument('--t-start', type=zero, default=80, help='F noises to this step, 0 .. 999')
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
-    g.add_argument('--lam1', type=weight, default=0.6, help='λ1, weight of L_denoiser')
+    g.add_argument('--lam1', type=weight, default=0.5, help='λ1, weight of L_denoiser')
     g.add_argument('--lam2', type=weight, default=0.05, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.5, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
@@ -594,8 +594,8 @@ def command_line():
                    help='sud2-kl: noise steps t are drawn from here')
     g.add_argument('--kl-lr', type=real, default=2e-4, help='sud2-kl: learning rate of D^f')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--updates', type=count, default=600, help='updates of f')
-    g.add_argument('--warmup', type=zero, default=100, help='first updates on the pairs alone')
+    g.add_argument('--updates', type=count, default=450, help='updates of f')
+    g.add_argument('--warmup', type=zero, default=75, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
                    help='measurements, and at most pairs, an update')
     g.add_argument('--lr', type=real, default=1e-3, help='learning rate of f')
