@@ -41,6 +41,7 @@ def punch_hole(x, hole):
 # is [-1, 1] x [-1, 1], y down; a parameter is (B, 1, 1, 1), a colour (B, 3, 1, 1) in [0, 1].
 
 def smoothstep(v):
+    """0 below 0, 1 above 1, smooth between."""
     v = v.clamp(0, 1)
     return v * v * (3 - 2 * v)
 
@@ -64,24 +65,39 @@ def curve(x, y, half, bend):
     return ((x - inside * half) ** 2 + (y - bend * inside ** 2) ** 2).sqrt()
 
 
-def face_parameters(g):
-    """CHUNK faces' random parameters from generator g: a dict of (CHUNK, 1, 1, 1) and colours.
-
-    What a person would expect to go together does: skin with hair, iris and lips; age with grey or
-    lost hair, glasses and wrinkles; hair length with beard, lips and jaw; yaw with gaze.
-    """
+def dice(g):
+    """-> draws of CHUNK parameters each from generator g: uniform, normal, and 1 with chance p."""
     def u(lo=0.0, hi=1.0, channels=1):
         return lo + (hi - lo) * torch.rand(CHUNK, channels, 1, 1, generator=g)
 
     def n(std):
         return std * torch.randn(CHUNK, 1, 1, 1, generator=g)
 
-    def rgb(*c):
-        return torch.tensor(c).view(1, 3, 1, 1)
-
     def chance(p):
         return (u() < p).float()
+    return u, n, chance
 
+
+def rgb(*colour):
+    """Red, green, blue in [0, 1] -> (1, 3, 1, 1)."""
+    return torch.tensor(colour).view(1, 3, 1, 1)
+
+
+def face_parameters(g):
+    """CHUNK faces' random parameters from generator g: a dict of (CHUNK, 1, 1, 1) and colours.
+
+    What a person would expect to go together does: skin with hair, iris and lips; age with grey or
+    lost hair, glasses and wrinkles; hair length with beard, lips and jaw; yaw with gaze.
+    """
+    draws = dice(g)
+    p = person(*draws)
+    for more in (hair_style, features, surroundings):
+        more(p, *draws)
+    return p
+
+
+def person(u, n, chance):
+    """Sex, age, pose, the head's shape, light, and the colours of skin, hair, iris and lips."""
     p = {'masculine': chance(0.5), 'age': u(), 'melanin': u()}
     m, age, dark = p['masculine'], p['age'], p['melanin']
     p.update(cx=n(.05), cy=.04 + n(.04), tilt=n(.09), yaw=n(.5).clamp(-1, 1), pitch=n(.03))
@@ -99,7 +115,12 @@ def face_parameters(g):
                             torch.where(u() < .5, rgb(.25, .45, .68), rgb(.33, .48, .27)))
     red = torch.lerp(rgb(.78, .35, .35), rgb(.72, .10, .16), u() * (1 - m))
     p['lips'] = torch.lerp(p['skin'] * rgb(.85, .62, .60), red, .25 + .5 * u() * (1 - m))
+    return p
 
+
+def hair_style(p, u, n, chance):
+    """Hair on head and chin."""
+    m, age, dark = p['masculine'], p['age'], p['melanin']
     long = chance(.85 - .73 * m)
     p['length'] = torch.where(long > 0, u(.25, 1.3), u(-.35, -.05))     # where the back hair ends
     p['volume'] = .05 + .12 * u() + .05 * long
@@ -112,6 +133,11 @@ def face_parameters(g):
     p['bangs'] = chance(.35) * (1 - m)
     p['beard'] = chance(.5) * m * u(.35, 1) * (1 - long)
     p['beard_low'] = (u() * 3).floor()                                  # full, goatee, moustache
+
+
+def features(p, u, n, chance):
+    """Eyes, brows, nose, mouth, cheeks, wrinkles, glasses."""
+    m, age, dark = p['masculine'], p['age'], p['melanin']
     p['eye_x'], p['eye_y'] = .19 + n(.012), -.05 + n(.018)
     p['eye_a'], p['eye_b'] = .088 + n(.008), .050 + n(.010).clamp(-.022, .03)
     p['gaze_x'] = (.4 * p['yaw'] + n(.35)).clamp(-1, 1)
@@ -129,14 +155,17 @@ def face_parameters(g):
     p['glasses'], p['round'] = chance(.12 + .33 * age), chance(.5)
     p['frame'] = u(.03, .35) * torch.where(u() < .3, rgb(1.6, .8, .5), rgb(1, 1, 1))
     p['frame_w'], p['shades'] = u(.014, .030), chance(.12)
+
+
+def surroundings(p, u, n, chance):
+    """Background and clothes."""
     p['bg'], p['bg2'] = (torch.lerp(u(.1, .95, 3), u(.1, .95), .45) for _ in range(2))
     p['bg_dir'] = u(-1.2, 1.2)
     p['disc'], p['disc_x'], p['disc_y'] = u(.1, .9, 3), u(-1, 1), u(-1, .6)
     p['disc_r'], p['disc_a'] = u(.15, .5), u(0, .7)
     p['cloth'], p['cloth2'] = u(.05, .95, 3) * u(.6, 1.05), u(.05, .95, 3)
-    p['neckline'], p['shoulder'] = (u() * 3).floor(), .72 + .14 * m + n(.05)
+    p['neckline'], p['shoulder'] = (u() * 3).floor(), .72 + .14 * p['masculine'] + n(.05)
     p['stripes'], p['stripe_f'] = chance(.3), u(10, 22)
-    return p
 
 
 class Canvas:

@@ -242,6 +242,7 @@ def generators(seed, device):
 
 
 def optimiser(net, lr):
+    """AdamW, as every network here is trained with."""
     return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4, fused=True)
 
 
@@ -291,10 +292,14 @@ def train(run, method, seed, split, prior, denoiser, score):
     lam1, lam2 = (1.0 if label == 'truth' else a.lam1), (a.lam2 if reg else 0.0)
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = optimiser(f, a.lr)
-    fake = copy.deepcopy(prior).requires_grad_(label == 'entropy')
-    fake_opt = optimiser(fake, a.kl_lr)
     paired, unpaired, noise = generators(100 * seed, run.device)
     curve = []
+    parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
+             'curve': curve}
+    if label == 'entropy':
+        fake = copy.deepcopy(prior).requires_grad_()
+        fake_opt = optimiser(fake, a.kl_lr)
+        parts |= {'fake': fake, 'fake_opt': fake_opt}
 
     def update(step):
         P = draw_batch(paired, len(split.pairs_x), a.batch)
@@ -327,10 +332,6 @@ def train(run, method, seed, split, prior, denoiser, score):
         return {k: v.detach() for k, v in numbers.items()}
 
     name = f'{method}-s{seed}'
-    parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
-             'curve': curve}
-    if label == 'entropy':
-        parts |= {'fake': fake, 'fake_opt': fake_opt}
     seconds = fit(run.out / f'{name}.pt', parts, update, a.updates, run.log(name), ['f', 'curve'],
                   {'kind': 'reconstructor', 'method': method, **run.about})
     return f, curve, seconds
@@ -467,6 +468,7 @@ def grid(rows, path, columns=10):
 
 
 def save_picture(picture, path):
+    """Writes a PNG under a temporary name, then renames it."""
     picture.save(f'{path}.tmp', 'PNG')
     os.replace(f'{path}.tmp', path)
 
@@ -674,6 +676,7 @@ def check_config(run):
 
 
 def write_json(path, value):
+    """Writes JSON under a temporary name, then renames it."""
     Path(f'{path}.tmp').write_text(json.dumps(value, indent=1) + '\n')
     os.replace(f'{path}.tmp', path)
 

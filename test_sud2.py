@@ -414,16 +414,37 @@ def test_run_writes_everything(finished):
     assert len(rows) == 2 + len(sud2.METHODS) and '100%' in rows[-1]
 
 
-def test_methods_start_alike_and_end_apart(finished):
+def test_every_method_ends_elsewhere(finished):
     ends = [weights(finished / f'{m}-s0.pt') for m in sud2.METHODS]
     heads = {tuple(w['head.bias'].tolist()) for w in ends}
     assert len(heads) == len(sud2.METHODS)
 
 
-def test_lambda_zero_is_supervised_bit_for_bit(finished, tmp_path):
-    sud2.main(tiny(tmp_path, '--method', 'sud2', '--lam1', '0', '--lam2', '0'))
+@pytest.mark.parametrize('flags', [('--lam1', '0', '--lam2', '0'), ('--warmup', '6')])
+def test_without_lambdas_or_still_warming_up_it_is_supervised_bit_for_bit(
+    finished, tmp_path, flags
+):
+    """Same initial weights, same pairs, same order: all that differs is the unpaired losses."""
+    sud2.main(tiny(tmp_path, '--method', 'sud2', *flags))
     ours, theirs = weights(tmp_path / 'sud2-s0.pt'), weights(finished / 'supervised-s0.pt')
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_shift_moves_both_of_a_pair_alike():
+    x = torch.arange(36.0).view(1, 1, 6, 6).repeat(3, 1, 1, 1)
+    a, b = sud2.shifted(x, -x, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(a, -b) and not torch.equal(a[0], a[1])
+    assert torch.equal(sud2.shifted(x, x, 0, None)[0], x)
+    for image in a[:, 0]:                    # some window of the reflected image, nothing else
+        padded = np.pad(x[0, 0].numpy(), 2, mode='reflect')
+        windows = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
+        assert any(np.array_equal(image.numpy(), w) for w in windows)
+
+
+@pytest.mark.parametrize('name', sorted(p.name for p in (HERE / 'results').glob('inpaint-*.json')))
+def test_readme_tables_are_those_of_the_results(name):
+    methods = json.loads((HERE / 'results' / name).read_text())['methods']
+    assert sud2.table(methods) in (HERE / 'README.md').read_text()
 
 
 def test_repeating_a_command_does_nothing_again(finished):

@@ -28,6 +28,7 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
+    """GroupNorm of at least 16 channels a group, for (B, channels, H, W)."""
     return nn.GroupNorm(max(1, channels // 16), channels)
 
 
