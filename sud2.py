@@ -142,10 +142,7 @@ def fit(path, parts, update, steps, log, keep, about, every=30):
     """
     start, seconds = 0, 0.0
     if path.exists():
-        saved = load(path)
-        for k, v in about.items():
-            if saved.get(k) != v:
-                raise ValueError(f'{path}: made with {k} {saved.get(k)}, this run has {v}')
+        saved = load(path, about)
         start, seconds = saved['step'], saved['seconds']
         for name, state in saved['parts'].items():
             restore(parts[name], state)
@@ -181,20 +178,28 @@ def restore(part, state):
         part.load_state_dict(state)
 
 
-def load(path):
-    """A checkpoint of this program. Errors: a file that is none, or a damaged one."""
+def load(path, about):
+    """A checkpoint of this program. Errors: none there, a damaged one, or another kind of net."""
     try:
         saved = torch.load(path, weights_only=True)
-        saved['step'], saved['parts']
-        return saved
+        there = {k: saved[k] for k in (*about, 'step', 'seconds', 'parts')}
     except Exception as e:              # whatever a damaged file does to the reader
-        raise ValueError(f'{path}: not a checkpoint of sud2, or damaged; remove it') from e
+        raise ValueError(f'{path}: not there, damaged, or not a checkpoint of sud2') from e
+    for k, v in about.items():
+        if there[k] != v:
+            raise ValueError(f'{path}: made with {k} {there[k]}, this run has {v}')
+    return saved
 
 
 def save(path, value):
     """Writes a checkpoint under a temporary name, then renames it: never half a file."""
     torch.save(value, f'{path}.tmp')
     os.replace(f'{path}.tmp', path)
+
+
+def multipliers(size):
+    """Channel multipliers of the U-Net's levels, for a bottleneck of 8 x 8 (or nearly)."""
+    return (1,) + (2,) * max(1, round(math.log2(size / 16)))
 
 
 class Setup:
@@ -210,7 +215,7 @@ class Setup:
             raise ValueError(f'--device {args.device}: not to be had here') from e
         self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
         self.acp = ddpm.alphas_cumprod().to(self.device)
-        self.mults = (1,) + (2,) * max(1, round(math.log2(args.size / 16)))   # 8 x 8 at the bottom
+        self.mults = multipliers(args.size)
         self.about = {'channels': args.channels, 'mults': list(self.mults), 'size': args.size}
 
     def amp(self):
@@ -258,12 +263,15 @@ def descend(loss, net, opt, lr):
 def train_prior(run, images, which):
     """Trains the DDPM ('prior') or the Gaussian denoiser D_σ ('denoiser') on U_x -> (net, seconds).
 
-    The weights returned are averaged over the steps (EMA).
+    The weights returned are averaged over the steps (EMA). With --prior they are another run's.
     """
-    a, diffusion = run.a, which == 'prior'
-    path = Path(a.prior or run.out) / f'{which}.pt'
+    a, diffusion, about = run.a, which == 'prior', {'kind': which, **run.about}
     net = run.net(0, time=diffusion, residual=not diffusion)
     ema = copy.deepcopy(net).requires_grad_(False)
+    if a.prior:
+        saved = load(Path(a.prior) / f'{which}.pt', about)
+        ema.load_state_dict(saved['parts']['ema'])
+        return ema, saved['seconds']
     opt = optimiser(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
     steps = a.prior_steps if diffusion else a.denoiser_steps
@@ -281,9 +289,8 @@ def train_prior(run, images, which):
         return {'loss': loss.detach()}
 
     parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
-    seconds = fit(path, parts, update, steps, run.log(which), ['ema'],
-                  {'kind': which, **run.about})
-    return ema.eval(), seconds
+    path = run.out / f'{which}.pt'
+    return ema, fit(path, parts, update, steps, run.log(which), ['ema'], about)
 
 
 def train(run, method, seed, split, prior, denoiser, score):
@@ -629,10 +636,10 @@ def parse(argv=None):
     a.out = a.out or f'runs/{a.task}'
     a.method = list(METHODS) if 'all' in a.method else list(dict.fromkeys(a.method))
     a.seed = sorted(set(a.seed))
-    levels = max(1, round(math.log2(a.size / 16))) + 1
+    factor = 2 ** len(multipliers(a.size))
     checks = [
         (a.size < 16 or a.size > 1024, f'--size {a.size}: must be from 16 to 1024'),
-        (a.size % 2 ** levels, f'--size {a.size}: must divide by {2 ** levels}'),
+        (a.size % factor, f'--size {a.size}: must divide by {factor}'),
         (a.channels % 16, f'--channels {a.channels}: must divide by 16'),
         (a.t_start > 999, f'--t-start {a.t_start}: must be from 0 to 999'),
         (a.r_steps > a.t_start + 1,
@@ -742,9 +749,6 @@ def main(a):
     plan(run, needs_denoiser)
     if a.dry_run:
         return
-    for name in ['prior'] + ['denoiser'] * needs_denoiser:
-        if a.prior and not (Path(a.prior) / f'{name}.pt').exists():
-            raise ValueError(f'--prior {a.prior}: no {name}.pt in it')
     split = load_split(a, a.seed[0])
     run.out.mkdir(parents=True, exist_ok=True)
     check_config(run)

@@ -488,6 +488,28 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+def test_another_runs_prior_serves(finished, tmp_path):
+    """--prior takes prior.pt and denoiser.pt of a run; the outcome is that run's, bit for bit."""
+    sud2.main(tiny(tmp_path / 'a', '--method', 'sud', 'sud2', '--prior', str(finished)))
+    for m in ('sud', 'sud2'):
+        ours, theirs = weights(tmp_path / 'a' / f'{m}-s0.pt'), weights(finished / f'{m}-s0.pt')
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert not (tmp_path / 'a' / 'prior.pt').exists()
+    with pytest.raises(ValueError, match='prior.pt: not there'):
+        sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
+    with pytest.raises(ValueError, match='made with channels 16, this run has 32'):
+        sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--channels', '32'))
+
+
+@pytest.mark.parametrize('keep', [0, 100, 5000])
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, keep):
+    sud2.main(tiny(tmp_path, '--method', 'supervised', '--prior', str(finished)))
+    path = tmp_path / 'supervised-s0.pt'
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match='supervised-s0.pt: not there, damaged'):
+        sud2.main(tiny(tmp_path, '--method', 'supervised', '--prior', str(finished)))
+
+
 def test_learning_rate_and_batches():
     assert sud2.learning_rate(0, 1000) == pytest.approx(1 / 50)
     assert sud2.learning_rate(500, 1000) == pytest.approx(0.5)
