@@ -74,7 +74,6 @@ def pseudo_label(kind, x_hat, x_u, prior, denoiser, a, acp, g):
 
     x_u, the true image, is used by the oracle alone.
     """
-    x_hat = x_hat.detach()
     if kind == 'truth':
         return x_u
     if kind == 'R∘F':                                               # Sec. 3.1, Dev. 4
