@@ -76,18 +76,21 @@ def main():
             ]
             for line, runs in result.items()
         }
-        panels = [('PSNR against Fréchet distance, λ1 along a line', 'FD-prior', 'dB', points)]
+        panels = [('PSNR against FD-prior, lam1 along a line', 'FD-prior', 'dB', points)]
     else:
 
         def setting(r):
             return float(r['flags'][-1])
 
         panels = [
-            ('PSNR', r'' + a.name, 'dB', series(setting, lambda s: s['psnr'])),
-            ('Fréchet distance', a.name, '', series(setting, lambda s: s['fd_prior'])),
+            ('PSNR', a.name, 'dB', series(setting, lambda s: s['psnr'])),
+            ('FD-prior', a.name, '', series(setting, lambda s: s['fd_prior'])),
         ]
     sud2.plot(panels, ROOT / 'assets' / f'{a.name}.png')
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f'ablations.py: error: {error}')
