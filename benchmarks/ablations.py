@@ -62,29 +62,20 @@ def main():
             result.setdefault(line, []).append({'flags': flags, 'seeds': method[1]})
     (ROOT / 'results' / f'{a.name}.json').write_text(json.dumps(result, indent=1) + '\n')
 
-    def series(x, y):
-        """Per line and seed, the points (x, y) of the last update."""
+    def series(x, key):
+        """Per line and seed, the points (x(run, its scores), scores[key]) of the last update."""
         return {
-            line: [[(x(r), y(r['seeds'][s])) for r in runs] for s in a.seed]
+            line: [[(x(r, r['seeds'][s]), r['seeds'][s][key]) for r in runs] for s in a.seed]
             for line, runs in result.items()
         }
 
     if a.name == 'frontier':
-        points = {
-            line: [
-                [(r['seeds'][s]['fd_prior'], r['seeds'][s]['psnr']) for r in runs] for s in a.seed
-            ]
-            for line, runs in result.items()
-        }
+        points = series(lambda r, scores: scores['fd_prior'], 'psnr')
         panels = [('PSNR against FD-prior, lam1 along a line', 'FD-prior', 'dB', points)]
     else:
-
-        def setting(r):
-            return float(r['flags'][-1])
-
         panels = [
-            ('PSNR', a.name, 'dB', series(setting, lambda s: s['psnr'])),
-            ('FD-prior', a.name, '', series(setting, lambda s: s['fd_prior'])),
+            (title, a.name, unit, series(lambda r, scores: float(r['flags'][-1]), key))
+            for title, unit, key in (('PSNR', 'dB', 'psnr'), ('FD-prior', '', 'fd_prior'))
         ]
     sud2.plot(panels, ROOT / 'assets' / f'{a.name}.png')
 
