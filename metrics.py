@@ -16,6 +16,7 @@ window of σ 1.5, K = (0.01, 0.03), population covariance, valid region, mean ov
 import math
 
 import torch
+from torch.nn import functional as F
 
 
 def psnr(x_hat, x, *, data_range, mask=None):
@@ -99,3 +100,45 @@ def correlation(vectors, form='signed'):
     r = {'signed': r, 'abs': r.abs(), 'square': r.square()}[form]
     B = len(v)
     return (r.sum() - r.diagonal().sum()) / max(1, B * (B - 1))
+
+
+ALEXNET = {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}     # layer: stride, padding
+
+
+def lpips_weights(alexnet, linear):
+    """Weights for `lpips` from the official files: torchvision's AlexNet and LPIPS v0.1's alex.pth.
+
+    Errors: a file that is not there, no checkpoint, or another network's.
+    """
+    names = {alexnet: [f'features.{k}.{w}' for k in ALEXNET for w in ('weight', 'bias')],
+             linear: [f'lin{k}.model.1.weight' for k in range(len(ALEXNET))]}
+    weights = {}
+    for path, keys in names.items():
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            weights |= {k: state[k].float() for k in keys}
+        except Exception as e:          # whatever a damaged file does to the reader
+            raise ValueError(f'{path}: not a file with the weights {keys[0]} ... {keys[-1]}') from e
+    return weights
+
+
+def lpips(x_hat, x, weights):
+    """Learned perceptual distance v0.1, AlexNet, (B,), 0 for equal images. Zhang et al. 2018.
+
+    Images (B, 3, H, W) in [-1, 1], at least 31 x 31; weights from `lpips_weights`.
+    """
+    def features(h):
+        h = (h.float() - h.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)) \
+            / h.new_tensor([.458, .448, .450]).view(3, 1, 1)
+        for k, (stride, padding) in ALEXNET.items():
+            if k in (3, 6):
+                h = F.max_pool2d(h, 3, 2)
+            w, b = (weights[f'features.{k}.{p}'].to(h.device) for p in ('weight', 'bias'))
+            h = F.relu(F.conv2d(h, w, b, stride, padding))
+            yield h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    distance = 0
+    for k, (a, b) in enumerate(zip(features(x_hat), features(x))):
+        w = weights[f'lin{k}.model.1.weight'].to(a.device)
+        distance = distance + F.conv2d((a - b).square(), w).mean((1, 2, 3))
+    return distance

@@ -14,17 +14,19 @@ import resource
 import statistics
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 
 def load_libraries():
     """Imports what takes a second, so that --help and a mistyped flag answer at once."""
-    global copy, torch, Image, ImageDraw, ImageFont, data, ddpm, metrics, UNet
+    global copy, torch, Image, ImageDraw, ImageFont, cyclegan, data, ddpm, metrics, UNet
     import copy
 
     import torch
     from PIL import Image, ImageDraw, ImageFont
 
+    import cyclegan
     import data
     import ddpm
     import metrics
@@ -57,30 +59,39 @@ def total_loss(paired, denoiser, reg, lam1, lam2):
     return paired + lam1 * denoiser + lam2 * reg                    # Eq. (8)
 
 
-# What each method asks f(y_u) to be, and whether L_reg is on. `supervised` asks nothing.
+# What makes the pseudo-label, whose reconstruction of y_u it starts from, whether L_reg is on.
+Method = namedtuple('Method', 'label source reg', defaults=('f', False))
 METHODS = {
-    'supervised': (None, False),
-    'sud': ('denoise', False),
-    'sud+reg': ('denoise', True),
-    'sud+reg+noise': ('noise, denoise', True),
-    'sud2': ('R∘F', True),
-    'sud2-kl': ('entropy', False),                                  # not in the paper
-    'oracle': ('truth', False),
+    'supervised': Method(None),
+    'cyclegan': Method(None),                                       # trained in a loop of its own
+    'cyclegan-ssl': Method('CycleGAN'),
+    'sud': Method('denoise'),
+    'sud-te': Method('denoise', source='ensemble'),
+    'sud-mt': Method('denoise', source='teacher'),
+    'sud+reg': Method('denoise', reg=True),
+    'sud+reg+noise': Method('noise, denoise', reg=True),
+    'sud2': Method('R∘F', reg=True),
+    'sud2-kl': Method('entropy'),                                   # not in the paper
+    'oracle': Method('truth'),
 }
+Models = namedtuple('Models', 'prior denoiser gan', defaults=(None, None))   # frozen; None: unused
 
 
-def pseudo_label(kind, x_hat, x_u, prior, denoiser, a, acp, g):
-    """The image (B, C, H, W) that f(y_u) = x_hat is pulled to, no gradient.
+def pseudo_label(kind, x_hat, y_u, x_u, models, a, acp, g):
+    """The image (B, C, H, W) that f(y_u) is pulled to, made from x_hat, no gradient.
 
-    x_u, the true image, is used by the oracle alone.
+    x_hat is f(y_u) itself, or its ensemble's or teacher's; x_u, the truth, is the oracle's alone.
     """
     if kind == 'truth':
         return x_u
     if kind == 'R∘F':                                               # Sec. 3.1, Dev. 4
-        return ddpm.R_of_F(prior, x_hat, a.t_start, acp, steps=a.r_steps, eta=a.eta, generator=g)
+        return ddpm.R_of_F(models.prior, x_hat, a.t_start, acp, steps=a.r_steps, eta=a.eta,
+                           generator=g)
     nu = a.sigma * ddpm.noise_like(x_hat, g) if kind == 'noise, denoise' else 0
     with torch.no_grad():
-        return denoiser(x_hat + nu)                                 # Eq. (9), Dev. 7
+        if kind == 'CycleGAN':
+            return models.gan.to_x(y_u)
+        return models.denoiser(x_hat + nu)                          # Eq. (9), Dev. 7
 
 
 def entropy_label(x_hat, prior, fake, a, acp, g):
@@ -106,8 +117,12 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
 # ---------------------------------------------------------------------------- training
 def batch_of(images, index, flip, device):
     """uint8 images at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
-    x = data.to_float(images[index].to(device))
-    return torch.where(flip.view(-1, 1, 1, 1).to(device), x.flip(-1), x)
+    return mirrored(data.to_float(images[index].to(device)), flip)
+
+
+def mirrored(x, flip):
+    """Images x (B, C, H, W), left and right swapped where flip (B,) is true."""
+    return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
 
 
 def shifted(x, y, most, g):
@@ -292,10 +307,35 @@ def train_prior(run, images, which):
     return ema, fit(path, parts, update, steps, run.log(which), ['ema'], about)
 
 
-def train(run, method, seed, split, prior, denoiser, score):
+class Ensemble:
+    """Temporal ensembling (Laine & Aila 2017) of f's outputs on each of n measurements."""
+
+    def __init__(self, n, shape, device, alpha=.6):
+        self.alpha, self.Z = alpha, torch.zeros(n, *shape, device=device)
+        self.visits = torch.zeros(n, device=device)
+
+    def update(self, index, x_hat):
+        """Z <- αZ + (1 - α) x_hat (B, C, H, W) at index (B,) -> Z / (1 - α^visits)."""
+        self.Z[index] = torch.lerp(x_hat.float(), self.Z[index], self.alpha)
+        self.visits[index] += 1
+        return self.Z[index] / (1 - self.alpha ** self.visits[index]).view(-1, 1, 1, 1)
+
+    def state_dict(self):
+        return {'Z': self.Z, 'visits': self.visits}
+
+    def load_state_dict(self, state):
+        self.Z, self.visits = state['Z'], state['visits']
+
+
+def ramp_up(step, length):
+    """Weight of an ensemble's or a teacher's label: exp(-5 (1 - t)²), reaches 1 at `length`."""
+    return math.exp(-5 * (1 - min(1, step / max(1, length))) ** 2)
+
+
+def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
-    a, (label, reg) = run.a, METHODS[method]
-    lam1, lam2 = (1.0 if label == 'truth' else a.lam1), (a.lam2 if reg else 0.0)
+    a, (label, source, reg) = run.a, METHODS[method]
+    lam1, lam2 = (1.0 if label in ('truth', 'CycleGAN') else a.lam1), (a.lam2 if reg else 0.0)
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = optimiser(f, a.lr)
     paired, unpaired, noise = generators(100 * seed, run.device)
@@ -303,9 +343,32 @@ def train(run, method, seed, split, prior, denoiser, score):
     parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
              'curve': curve}
     if label == 'entropy':
-        fake = copy.deepcopy(prior).requires_grad_()
+        fake = copy.deepcopy(models.prior).requires_grad_()
         fake_opt = optimiser(fake, a.kl_lr)
         parts |= {'fake': fake, 'fake_opt': fake_opt}
+    if source == 'ensemble':
+        ensemble = Ensemble(len(split.measurements), split.measurements.shape[1:], run.device)
+        parts['ensemble'] = ensemble
+    if source == 'teacher':
+        teacher = parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
+
+    def unpaired_losses():
+        index, flip = draw_batch(unpaired, len(split.measurements), a.batch)
+        y_u, x_u = (batch_of(u, index, flip, run.device)
+                    for u in (split.measurements, split.measurements_x))
+        with run.amp():
+            x_hat, z = f(y_u, latent=True)
+            start = teacher(y_u) if source == 'teacher' else x_hat.detach()
+            if source == 'ensemble':
+                start = mirrored(ensemble.update(index, mirrored(start, flip)), flip)
+            if label == 'entropy':
+                target, fake_loss = entropy_label(start, models.prior, fake, a, run.acp, noise)
+            else:
+                target = pseudo_label(label, start, y_u, x_u, models, a, run.acp, noise)
+        if label == 'entropy':
+            descend(fake_loss, fake, fake_opt, a.kl_lr)
+        return {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(z, a.reg),
+                'corr': metrics.correlation(x_hat.detach())}
 
     def update(step):
         P = draw_batch(paired, len(split.pairs_x), a.batch)
@@ -318,29 +381,52 @@ def train(run, method, seed, split, prior, denoiser, score):
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
         if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:   # Dev. 3
-            U = draw_batch(unpaired, len(split.measurements), a.batch)
-            y_u, x_u = (batch_of(u, *U, run.device)
-                        for u in (split.measurements, split.measurements_x))
-            with run.amp():
-                x_hat, z = f(y_u, latent=True)
-                if label == 'entropy':
-                    target, fake_loss = entropy_label(x_hat, prior, fake, a, run.acp, noise)
-                else:
-                    target = pseudo_label(label, x_hat, x_u, prior, denoiser, a, run.acp, noise)
-            if label == 'entropy':
-                descend(fake_loss, fake, fake_opt, a.kl_lr)
-            numbers |= {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(z, a.reg),
-                        'corr': metrics.correlation(x_hat.detach())}
-            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
+            numbers |= unpaired_losses()
+            ramp = 1 if source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
+            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
-        if (step + 1) * a.points // a.updates > step * a.points // a.updates:
-            curve.append({'update': step + 1, **score(f)})
+        if source == 'teacher':
+            ddpm.ema_update(teacher, f, min(1 - 1 / (step + 1), .999))
+        note_score(a, curve, step, a.updates, score, f)
         return {k: v.detach() for k, v in numbers.items()}
 
     name = f'{method}-s{seed}'
     seconds = fit(run.out / f'{name}.pt', parts, update, a.updates, run.log(name), ['f', 'curve'],
                   {'kind': 'reconstructor', 'method': method, **run.about})
     return f, curve, seconds
+
+
+def note_score(a, curve, step, steps, score, f):
+    """Appends f's score to the curve at --points evenly spaced steps, the last one among them."""
+    if (step + 1) * a.points // steps > step * a.points // steps:
+        curve.append({'update': step + 1, **score(f)})
+
+
+def train_cyclegan(run, seed, split, score):
+    """Trains CycleGAN between U_y and U_x -> (gan, curve, seconds); gan.to_x reconstructs."""
+    a, curve = run.a, []
+    torch.manual_seed(seed)
+    gan = cyclegan.CycleGAN(3, *cyclegan.sizes(a.size))
+    gan = gan.to(run.device, memory_format=torch.channels_last)
+    opt_G, opt_D = cyclegan.optimisers(gan)
+    draws, _, _ = generators(100 * seed, run.device)
+
+    def update(step):
+        y, x = (batch_of(u, *draw_batch(draws, len(u), a.gan_batch), run.device)
+                for u in (split.measurements, split.images))
+        for opt in (opt_G, opt_D):
+            opt.param_groups[0]['lr'] = 2e-4 * cyclegan.linear_decay(step, a.gan_steps)
+        with run.amp():
+            numbers = cyclegan.train_step(gan, opt_G, opt_D, y, x, draws)
+        note_score(a, curve, step, a.gan_steps, score, gan.to_x)
+        return numbers
+
+    parts = {'gan': gan, 'opt_G': opt_G, 'opt_D': opt_D, 'draws': draws, 'pool_x': gan.pool_x,
+             'pool_y': gan.pool_y, 'curve': curve}
+    name = f'cyclegan-s{seed}'
+    seconds = fit(run.out / f'{name}.pt', parts, update, a.gan_steps, run.log(name),
+                  ['gan', 'curve'], {'kind': 'CycleGAN', 'size': a.size})
+    return gan, curve, seconds
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -376,6 +462,52 @@ def prior_features(run, prior, x, t=50, batch=64):
     return torch.cat(out)
 
 
+def optional_metrics(a):
+    """-> (lpips, inception): functions of images, or None where no weights are given.
+
+    lpips: float (B, 3, H, W) x 2 -> (B,). inception: uint8 (B, 3, H, W) -> features (B, D).
+    """
+    lpips, inception = None, None
+    if a.lpips_weights:
+        files = download_lpips() if a.lpips_weights == ['download'] else a.lpips_weights
+        weights = metrics.lpips_weights(*files)
+
+        def lpips(x_hat, x):
+            return torch.cat([metrics.lpips(p, q, weights)
+                              for p, q in zip(x_hat.split(64), x.split(64))])
+    if a.fid_weights:
+        try:
+            net = torch.jit.load(a.fid_weights, map_location='cpu').eval()
+        except Exception as e:
+            raise ValueError(f'--fid-weights {a.fid_weights}: not a TorchScript file') from e
+        more = ({'return_features': True} if 'return_features' in
+                [arg.name for arg in net.forward.schema.arguments] else {})
+
+        def inception(u):
+            with torch.no_grad():
+                return torch.cat([net(chunk, **more).flatten(1).float() for chunk in u.split(64)])
+    return lpips, inception
+
+
+def download_lpips():
+    """The two official weight files of LPIPS, fetched once and checked -> their paths."""
+    paths = []
+    for url, sha256 in (
+            ('https://download.pytorch.org/models/alexnet-owt-7be5be79.pth', '7be5be79'),
+            ('https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/'
+             'weights/v0.1/alex.pth',
+             'df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0')):
+        path = Path(torch.hub.get_dir()) / 'checkpoints' / f'lpips-{url.split("/")[-1]}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            try:
+                torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
+            except (OSError, RuntimeError) as e:
+                raise ValueError(f'--lpips-weights download: {url}: {e}') from e
+        paths.append(path)
+    return paths
+
+
 def scorer(run, split, prior):
     """-> a function of f that gives all metrics on the test images; None where one has no meaning.
 
@@ -383,6 +515,8 @@ def scorer(run, split, prior):
     """
     x, hole = data.to_float(split.test_x), split.test_hole
     features = prior_features(run, prior, x)
+    lpips, inception = optional_metrics(run.a)
+    real = inception(split.test_x) if inception else None
 
     def score(f):
         x_hat, z = reconstruct(run, f, split.test_y)
@@ -391,9 +525,11 @@ def scorer(run, split, prior):
             inside, outside = (metrics.psnr(x_hat, x, data_range=2, mask=m).nanmean().item()
                                for m in (hole, ~hole))
         fd = metrics.frechet_distance(prior_features(run, prior, x_hat), features)
+        fid = inception and metrics.frechet_distance(inception(data.to_bytes(x_hat)), real)
         return {'psnr': metrics.psnr(x_hat, x, data_range=2).mean().item(), 'psnr_hole': inside,
                 'psnr_visible': outside, 'ssim': metrics.ssim(x_hat, x, data_range=2).mean().item(),
-                'lpips': None, 'fd_prior': fd, 'fid': None,
+                'lpips': lpips and lpips(x_hat, x).mean().item(), 'fd_prior': fd, 'fid': fid,
+                'fid_features': real.shape[1] if inception else None,
                 'corr_latent': metrics.correlation(z).item(),
                 'corr_output': metrics.correlation(x_hat).item()}
     return score
@@ -420,11 +556,12 @@ def conv_rate(device, dtype):
 COLUMNS = {                     # key in metrics.json -> heading, format
     'psnr': ('PSNR ↑', '.2f'), 'psnr_hole': ('in the hole ↑', '.2f'),
     'psnr_visible': ('visible ↑', '.2f'), 'ssim': ('SSIM ↑', '.3f'), 'lpips': ('LPIPS ↓', '.3f'),
-    'fd_prior': ('FD-prior ↓', '.3f'), 'fid': ('FID ↓', '.2f'),
+    'fd_prior': ('FD-prior ↓', '.3f'), 'fid': ('FID-{} ↓', '.2f'),
     'corr_latent': ('corr. latents', '.3f'), 'corr_output': ('corr. outputs', '.3f'),
     'best_psnr': ('best PSNR', '.2f'), 'gap': ('gap closed', '.0%'),
 }
-COLOURS = {'supervised': '#555555', 'sud': '#D55E00', 'sud+reg': '#E69F00',
+COLOURS = {'supervised': '#555555', 'cyclegan-ssl': '#8C564B', 'sud-te': '#F08080',
+           'sud-mt': '#C49C94', 'sud': '#D55E00', 'sud+reg': '#E69F00',
            'sud+reg+noise': '#B8A000', 'sud2': '#0072B2', 'sud2-kl': '#CC79A7',
            'oracle': '#009E73', 'truth': '#000000'}
 
@@ -442,8 +579,9 @@ def gap_closed(methods):
 def table(methods):
     """Markdown table, a row a method: mean over seeds, ± standard deviation of several."""
     scores = [s for seeds in methods.values() for s in seeds.values()]
+    dims = scores[0].get('fid_features')
     shown = [c for c in COLUMNS if any(s.get(c) is not None for s in scores)]
-    rows = ['| method | ' + ' | '.join(COLUMNS[c][0] for c in shown) + ' |',
+    rows = ['| method | ' + ' | '.join(COLUMNS[c][0].format(dims) for c in shown) + ' |',
             '|---|' + '---:|' * len(shown)]
     for name, seeds in methods.items():
         cells = []
@@ -535,7 +673,7 @@ def curves(methods, path, truth):
     """PSNR and the correlation of reconstructions against updates, each method."""
     def series(key):
         return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
-                for m, seeds in methods.items()}
+                for m, seeds in methods.items() if m != 'cyclegan'}    # its updates are others
     last = max(x for seeds in series('psnr').values() for line in seeds for x, _ in line)
     corr = series('corr_output') | {'truth': [[(0, truth), (last, truth)]]}
     plot([('PSNR on the test images', 'updates of f', 'dB', series('psnr')),
@@ -544,7 +682,7 @@ def curves(methods, path, truth):
 
 # ---------------------------------------------------------------------------- command line
 QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
-         'updates': 100, 'warmup': 40}
+         'updates': 100, 'warmup': 40, 'gan_steps': 40}
 
 
 class Positive:
@@ -612,12 +750,18 @@ def command_line():
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=3e-3, help='their learning rate')
+    g.add_argument('--gan-steps', type=count, default=2000, help='training steps of CycleGAN')
+    g.add_argument('--gan-batch', type=count, default=8, help='its batch')
     g.add_argument('--channels', type=count, default=64,
                    help='width of the networks, a multiple of 16')
     g.add_argument('--points', type=count, default=8, help='scores taken along the way')
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
     g.add_argument('--prior', metavar='DIR', help="use another run's prior.pt and denoiser.pt")
+    g.add_argument('--lpips-weights', nargs='+', metavar='FILE',
+                   help="AlexNet's and LPIPS' weight files, or the word download")
+    g.add_argument('--fid-weights', metavar='FILE',
+                   help='an Inception network as TorchScript, for FID on its features')
     g.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
     g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
                    help='of the convolutions; auto takes the faster')
@@ -649,6 +793,9 @@ def parse(argv=None):
         (a.shift >= a.size, f'--shift {a.shift}: must be below --size'),
         (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
         (a.images and not a.data, '--images: needs --data'),
+        (a.lpips_weights and a.lpips_weights != ['download'] and len(a.lpips_weights) != 2,
+         '--lpips-weights: needs two files, ALEXNET LINEAR, or the word download'),
+        (a.lpips_weights and a.size < 32, f'--size {a.size}: LPIPS needs at least 32'),
     ]
     for wrong, message in checks:
         if wrong:
@@ -698,9 +845,9 @@ def plan(run, needs_denoiser):
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
     prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser * a.denoiser_steps)
     prior = 0 if a.prior else prior
-    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4}
+    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
     f = sum(3 * a.pairs * a.updates + (a.updates - a.warmup) * a.batch * (
-        (3 + calls.get(METHODS[m][0], 1)) if METHODS[m][0] else 0)
+        (3 + calls.get(METHODS[m].label, 1)) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
     print(f'{a.task}: {a.data or "drawn faces"}, {a.size} x {a.size}; {a.pairs} pairs, '
@@ -744,7 +891,8 @@ def main(a):
     """Trains the priors, then each method with each seed, and reports. Errors: ValueError."""
     began = time.monotonic()
     run = Setup(a)
-    needs_denoiser = any('denoise' in (METHODS[m][0] or '') for m in a.method)
+    needs_denoiser = any('denoise' in (METHODS[m].label or '') for m in a.method)
+    needs_gan, gan = any('cyclegan' in m for m in a.method), None
     plan(run, needs_denoiser)
     if a.dry_run:
         return
@@ -758,11 +906,18 @@ def main(a):
     for seed in a.seed:
         split = split if seed == a.seed[0] else load_split(a, seed)
         score = scorer(run, split, prior)
+        if needs_gan:
+            gan, *gan_record = train_cyclegan(run, seed, split, score)
+        models = Models(prior, denoiser, gan)
         for m in a.method:
-            f, curve, seconds = train(run, m, seed, split, prior, denoiser, score)
+            if m == 'cyclegan':
+                f, curve, seconds = gan.to_x, *gan_record
+            else:
+                f, curve, seconds = train(run, m, seed, split, models, score)
             last = {k: v for k, v in curve[-1].items() if k != 'update'}
-            methods[m][str(seed)] = {**last, 'best_psnr': max(c['psnr'] for c in curve),
-                                     'updates': a.updates, 'seconds': seconds, 'curve': curve}
+            methods[m][str(seed)] = {
+                **last, 'best_psnr': max(c['psnr'] for c in curve),
+                'updates': curve[-1]['update'], 'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
                 rows[m] = data.to_bytes(reconstruct(run, f, split.test_y[:10])[0])
     rows['truth'] = split.test_x

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import cyclegan
 import data
 import ddpm
 import metrics
@@ -50,6 +52,10 @@ TINY = [
     '--warmup',
     '2',
     '--points',
+    '2',
+    '--gan-steps',
+    '6',
+    '--gan-batch',
     '2',
 ]
 
@@ -296,7 +302,8 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     a = sud2.parse(['--sigma', '0.5'])
     for kind in ('denoise', 'noise, denoise'):
         label = sud2.pseudo_label(
-            kind, x_hat, None, None, denoiser, a, ACP, torch.Generator().manual_seed(0)
+            kind, x_hat, None, None, sud2.Models(None, denoiser), a, ACP,
+            torch.Generator().manual_seed(0)
         )
         nu = 0.5 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         expected = denoiser(x_hat + nu if kind.startswith('noise') else x_hat).detach()
@@ -352,7 +359,7 @@ def test_sud2_kl_reaches_mean_and_variance_where_2_reaches_the_mode():
             else:
                 ideal = 0.3 + 0.25 / (0.25 + 0.04) * (x_hat - 0.3)  # D_σ for σ = 0.2
                 label = sud2.pseudo_label(
-                    kind, x_hat, None, None, lambda r, d=ideal: d, flags, ACP, g
+                    kind, x_hat, None, None, sud2.Models(None, lambda r, d=ideal: d), flags, ACP, g
                 )
             opt.zero_grad()
             sud2.denoiser_loss(x_hat, label).backward()
@@ -366,6 +373,135 @@ def test_paired_loss_and_total():
     x = torch.zeros(2, 3, 4, 4)
     assert_close(sud2.paired_loss(x + 0.5, x).item(), 0.25)
     assert_close(sud2.total_loss(1.0, 10.0, 100.0, 0.1, 0.01), 3.0)
+
+
+def alexnet():
+    """AlexNet's features by torch's own layers, random weights -> (net, file-like state dict)."""
+    torch.manual_seed(0)
+    conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
+    net = torch.nn.Sequential(
+        conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, 1, 2), relu(), pool(3, 2),
+        conv(192, 384, 3, 1, 1), relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1),
+        relu())
+    return net, {f'features.{k}': v for k, v in net.state_dict().items()}
+
+
+def test_lpips_equals_a_walk_through_the_layers(tmp_path):
+    net, state = alexnet()
+    lin = {f'lin{k}.model.1.weight': torch.rand(1, c, 1, 1)
+           for k, c in enumerate((64, 192, 384, 256, 256))}
+    torch.save(state, tmp_path / 'alexnet.pth')
+    torch.save(lin, tmp_path / 'alex.pth')
+    files = tmp_path / 'alexnet.pth', tmp_path / 'alex.pth'
+    a, b = 2 * torch.rand(2, 3, 3, 40, 48) - 1
+    expected, k = torch.zeros(3), 0
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    u, v = (a - shift) / scale, (b - shift) / scale
+    with torch.no_grad():
+        for layer in net:
+            u, v = layer(u), layer(v)
+            if isinstance(layer, torch.nn.ReLU):
+                unit = [w / (w.norm(dim=1, keepdim=True) + 1e-10) for w in (u, v)]
+                weighted = (unit[0] - unit[1]) ** 2 * lin[f'lin{k}.model.1.weight']
+                expected, k = expected + weighted.sum(1).mean((1, 2)), k + 1
+    got = metrics.lpips(a, b, metrics.lpips_weights(*files))
+    assert_close(got, expected, atol=1e-5, rtol=0)
+    assert (metrics.lpips(a, a, metrics.lpips_weights(*files)) == 0).all()
+    with pytest.raises(ValueError, match='alex.pth'):
+        metrics.lpips_weights(*files[::-1])
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_lpips_and_fid_columns(tmp_path):
+    """Weights that a user names fill the columns; FID says how many features it stands on."""
+    torch.save(alexnet()[1], tmp_path / 'alexnet.pth')
+    torch.save({f'lin{k}.model.1.weight': torch.rand(1, c, 1, 1)
+                for k, c in enumerate((64, 192, 384, 256, 256))}, tmp_path / 'alex.pth')
+
+    class Features(torch.nn.Module):
+        def forward(self, u):
+            return u.float().mean((2, 3))
+
+    torch.jit.script(Features()).save(tmp_path / 'inception.pt')
+    sud2.main(tiny(tmp_path / 'run', '--method', 'supervised', '--size', '32', '--lpips-weights',
+                   str(tmp_path / 'alexnet.pth'), str(tmp_path / 'alex.pth'),
+                   '--fid-weights', str(tmp_path / 'inception.pt')))
+    s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['supervised']['0']
+    assert s['lpips'] > 0 and s['fid'] > 0 and s['fid_features'] == 3
+    assert '| FID-3 ↓ |' in (tmp_path / 'run/table.md').read_text()
+
+
+# --------------------------------------------------------- the paper's other methods
+def test_temporal_ensemble_is_the_bias_corrected_average():
+    ensemble, index = sud2.Ensemble(3, (1, 2, 2), 'cpu'), torch.tensor([2, 0])
+    first, second = torch.ones(2, 1, 2, 2), 3 * torch.ones(2, 1, 2, 2)
+    assert_close(ensemble.update(index, first), first)
+    expected = (0.6 * 0.4 * 1 + 0.4 * 3) / (1 - 0.6**2)
+    assert_close(ensemble.update(index, second), torch.full((2, 1, 2, 2), expected))
+    assert ensemble.visits.tolist() == [2, 0, 2] and (ensemble.Z[1] == 0).all()
+    assert sud2.ramp_up(0, 10) == pytest.approx(math.exp(-5)) and sud2.ramp_up(10, 10) == 1
+
+
+def test_cyclegan_has_the_original_sizes_and_fits_small_images():
+    def count(net):
+        return sum(p.numel() for p in net.parameters())
+
+    width, blocks, layers = cyclegan.sizes(256)
+    assert count(cyclegan.Generator(3, width, blocks)) == 11_378_179
+    assert count(cyclegan.discriminator(3, 64, layers)) == 2_764_737
+    for size in (32, 64):
+        width, blocks, layers = cyclegan.sizes(size)
+        x = torch.zeros(1, 3, size, size)
+        x_hat, z = cyclegan.Generator(3, width, blocks)(x, latent=True)
+        assert x_hat.shape == x.shape and z.shape[-1] == size // 4 and x_hat.abs().max() <= 1
+        assert cyclegan.discriminator(3, 64, layers)(x).shape[-1] == size // 4 - 2
+
+
+def test_cyclegan_losses_by_hand():
+    """Generators that add a constant and verdicts that are one: every term is known."""
+    gan = SimpleNamespace(to_x=lambda y: y + 0.5, to_y=lambda x: x - 0.25,
+                          real_x=lambda x: torch.full((2, 1), 0.8),
+                          real_y=lambda y: torch.full((2, 1), -1.0))
+    y, x = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    terms, fake_y, fake_x = cyclegan.generator_loss(gan, y, x)
+    assert_close(terms['adversarial'].item(), 0.2**2 + 2.0**2)
+    assert_close(terms['cycle'].item(), 10 * (0.25 + 0.25))
+    assert_close(terms['identity'].item(), 5 * (0.5 + 0.25))
+    assert_close(fake_x, y + 0.5)
+    assert_close(fake_y, x - 0.25)
+    loss = cyclegan.discriminator_loss(lambda v: v, torch.tensor([0.7]), torch.tensor([0.4]))
+    assert_close(loss.item(), 0.5 * (0.3**2 + 0.4**2))
+    assert [cyclegan.linear_decay(k, 8) for k in (0, 4, 6, 8)] == [1, 1, 0.5, 0]
+
+
+def test_cyclegan_pool_gives_back_old_images_half_of_the_time():
+    g, pool = torch.Generator().manual_seed(0), []
+    for k in range(50):
+        image = torch.full((1, 1), float(k))
+        assert cyclegan.pooled(pool, image, g).item() == k
+    old = 0
+    for k in range(50, 1050):
+        out = cyclegan.pooled(pool, torch.full((1, 1), float(k)), g).item()
+        old += out != k
+        assert len(pool) == 50 and (out == k or out not in [p.item() for p in pool])
+    assert 440 < old < 560
+
+
+def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses():
+    torch.manual_seed(0)
+    gan = cyclegan.CycleGAN(3, 16, 1, 2)
+    opt_G, opt_D = cyclegan.optimisers(gan, 0.0)
+    y, x = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    cyclegan.train_step(gan, opt_G, opt_D, y, x)
+    terms, fake_y, fake_x = cyclegan.generator_loss(gan, y, x)
+    expected = torch.autograd.grad(sum(terms.values()), gan.generators())
+    for p, e in zip(gan.generators(), expected):
+        assert_close(p.grad, e)
+    loss = (cyclegan.discriminator_loss(gan.real_x, x, fake_x.detach())
+            + cyclegan.discriminator_loss(gan.real_y, y, fake_y.detach()))
+    for p, e in zip(gan.discriminators(), torch.autograd.grad(loss, gan.discriminators())):
+        assert_close(p.grad, e)
 
 
 # --------------------------------------------------------- training
@@ -415,9 +551,9 @@ def test_run_writes_everything(finished):
 
 
 def test_every_method_ends_elsewhere(finished):
-    ends = [weights(finished / f'{m}-s0.pt') for m in sud2.METHODS]
-    heads = {tuple(w['head.bias'].tolist()) for w in ends}
-    assert len(heads) == len(sud2.METHODS)
+    networks = [m for m in sud2.METHODS if m != 'cyclegan']
+    heads = {tuple(weights(finished / f'{m}-s0.pt')['head.bias'].tolist()) for m in networks}
+    assert len(heads) == len(networks)
 
 
 @pytest.mark.parametrize('flags', [('--lam1', '0', '--lam2', '0'), ('--warmup', '6')])
