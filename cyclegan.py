@@ -44,6 +44,8 @@ class Generator(nn.Module):
     11.378 M parameters with 3 channels, width 64 and 9 blocks, as in the original.
     """
 
+    factor = 4                                          # that height and width must divide by
+
     def __init__(self, channels=3, width=64, blocks=9):
         super().__init__()
         w = width

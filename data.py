@@ -11,12 +11,13 @@ Every source is reproducible from a seed.
     (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8)
 """
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 CHUNK = 256     # faces drawn at a time; the i-th face of a seed is the same however many are drawn
 
@@ -367,57 +368,241 @@ def paint_faces(p, size):
     return c.image, c.cover(face) * (1 - hair) > .5
 
 
+def draw(n, size, seed, parameters, paint):
+    """n pictures, CHUNK parameters at a time -> two lists of what paint(p, size) returns."""
+    g, out = torch.Generator().manual_seed(seed), []
+    step = max(1, CHUNK * 32 * 32 // size ** 2)             # as many at a time as fit the cache
+    for i in range(0, n, CHUNK):
+        p = parameters(g)
+        for j in range(i, min(n, i + CHUNK), step):
+            k = min(n, i + CHUNK, j + step)
+            out.append(paint({key: v[j - i:k - i] for key, v in p.items()}, size))
+    return tuple(torch.cat(part) for part in zip(*out))
+
+
 def draw_faces(n, size, seed):
     """n drawn faces of size x size -> images uint8 (n, 3, size, size), holes bool (n, 1, ...).
 
     The hole is the face itself (skin, eyes, brows, nose, mouth, beard, glasses) as far as no hair
     falls over it. The i-th face of a seed does not depend on n, nor its looks on the size.
     """
-    g = torch.Generator().manual_seed(seed)
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    holes = torch.empty(n, 1, size, size, dtype=torch.bool)
-    step = max(1, CHUNK * 32 * 32 // size ** 2)             # as many at a time as fit the cache
-    for i in range(0, n, CHUNK):
-        p = face_parameters(g)
-        for j in range(i, min(n, i + CHUNK), step):
-            k = min(n, i + CHUNK, j + step)
-            x, holes[j:k] = paint_faces({key: v[j - i:k - i] for key, v in p.items()}, size)
-            images[j:k] = to_bytes(2 * x - 1)
-    return images, holes
+    def paint(p, size):
+        x, hole = paint_faces(p, size)
+        return to_bytes(2 * x - 1), hole
+    return draw(n, size, seed, face_parameters, paint)
+
+
+# ---------------------------------------------------------------------------- drawn scenes
+# The ground is a plane seen from HEIGHT above it: what stands at depth d has its foot HEIGHT / d
+# below the horizon, and its size on the canvas falls with d.
+
+HEIGHT, FAR, OBJECTS = .25, 4.0, 9
+
+
+def scene_parameters(g):
+    """CHUNK scenes' random parameters: weather, relief, road, objects sorted far to near, haze.
+
+    Season goes with grass, leaves and hills; the hour with light, sky and the colour of the haze.
+    """
+    u, n, chance = dice(g)
+    season, dusk = u(), chance(.3) * u(.3, 1)               # 0 spring .. 1 winter; 0 noon .. 1 dusk
+    p = {'horizon': u(-.35, .15), 'sun_x': u(-1, 1), 'cloud_f': u(2, 5), 'cloud': u(0, .8)}
+    p['light'] = torch.lerp(rgb(1, 1, .98), rgb(1, .74, .52), dusk) * u(.75, 1.05)
+    p['zenith'] = torch.lerp(torch.lerp(rgb(.25, .48, .82), rgb(.45, .55, .68), u()),
+                             rgb(.30, .28, .45), dusk)
+    p['low_sky'] = torch.lerp(rgb(.75, .86, .95), rgb(.97, .65, .42), dusk) * u(.85, 1.03)
+    grass = torch.lerp(rgb(.33, .52, .16), rgb(.62, .55, .28), smoothstep(3 * season - .8))
+    snow = smoothstep(12 * (season - .85))
+    p['ground'] = torch.lerp(grass * u(.75, 1.2), rgb(.90, .92, .96), snow)
+    p['field'] = p['ground'] * u(.75, 1.2) * u(.88, 1.12, 3)
+    p['field_y'], p['field_s'], p['furrow'] = u(.1, .8), n(.15), chance(.5) * u(.04, .14)
+    for k in range(3):                                      # mountains, hills, near hills
+        p[f'high{k}'] = u(.02, .42 - .12 * k) * chance(.85)
+        p[f'wave{k}'], p[f'phase{k}'] = u(1, 3.5), u(0, 6.28)
+        p[f'hill{k}'] = torch.lerp(p['ground'] * u(.45, .95), rgb(.38, .36, .38), u(0, .9 - .3 * k))
+    p['cap'] = chance(.4)                                   # snow on the mountains
+    p['road'], p['road_x'], p['bend'] = chance(.65), n(.5), n(.5)
+    p['road_w'], p['asphalt'] = u(.5, 1.3), torch.lerp(rgb(.32, .32, .34), rgb(.62, .53, .42), u())
+    p['line'] = chance(.6)
+    depth = (math.log(.3) + (math.log(2.6) - math.log(.3)) * torch.rand(
+        CHUNK, OBJECTS, generator=g)).exp().sort(1, descending=True).values
+    town = u()
+    for k in range(OBJECTS):
+        p[f'd{k}'] = depth[:, k].view(-1, 1, 1, 1)
+        p[f'kind{k}'] = torch.where(chance(.8) > 0, torch.where(
+            u() < town, 2.0, chance(.4)), 3.0)              # leafy, conifer, house, none
+        side = torch.where(u() < .5, -1.0, 1.0)
+        p[f'x{k}'] = side * u(.12, 1.05)
+        p[f'h{k}'], p[f'w{k}'] = u(1.1, 2.6), u(.45, .8)
+        leaf = torch.lerp(rgb(.16, .36, .11), rgb(.70, .38, .10), smoothstep(4 * (season - .45)))
+        leaf = torch.where(p[f'kind{k}'] == 1, rgb(.13, .29, .14), leaf) * u(.65, 1.25)
+        p[f'leaf{k}'] = torch.lerp(leaf * u(.85, 1.15, 3), rgb(.75, .76, .80), .5 * snow)
+        wall = torch.lerp(rgb(.82, .76, .66), u(.3, .9, 3), .6)
+        p[f'wall{k}'], p[f'roof{k}'] = wall, torch.lerp(rgb(.52, .22, .15), u(.15, .5), u())
+        p[f'storeys{k}'], p[f'gable{k}'] = u(2, 6).floor(), chance(.6)
+    p['beta'], p['reach'] = u(.35, 1.7), u(.7, 1.4)         # haze: density, scale of the depth
+    p['airlight'] = (torch.lerp(rgb(.88, .90, .93), rgb(.95, .82, .70), dusk)
+                     * u(.75, 1.05) + u(-.05, .05, 3)).clamp(0, 1)
+    return p
+
+
+class View(Canvas):
+    """A canvas of scenes that keeps the depth (B, 1, size, size) of what is painted."""
+
+    def __init__(self, p, size):
+        centre = (torch.arange(size) + .5) / size * 2 - 1
+        self.x, self.y = centre.view(1, 1, 1, -1), centre.view(1, 1, -1, 1)
+        self.pixel = 2 / size
+        self.below = self.y - p['horizon']
+        self.image = torch.zeros(len(p['horizon']), 3, size, size)
+        self.depth = torch.full((len(p['horizon']), 1, size, size), FAR)
+
+    def place(self, colour, share, depth):
+        self.paint(colour, share)
+        self.depth = torch.lerp(self.depth, torch.as_tensor(depth), share)
+
+
+def paint_sky_and_hills(c, p):
+    """Sky with a glow and clouds, then three ridges, each nearer and lower than the last."""
+    up = smoothstep(-c.below / 1.1)
+    c.paint(torch.lerp(p['low_sky'], p['zenith'], up), torch.ones(1))
+    glow = (1 - ((c.x - p['sun_x']) ** 2 + c.below ** 2).sqrt() / .8).clamp(min=0)
+    c.paint(rgb(1, .95, .85), .5 * glow ** 2)
+    wisps = (p['cloud_f'] * c.x + 3 * (9 * c.below).sin()).sin() * (13 * c.below + c.x).sin()
+    c.paint(.97 * p['light'], p['cloud'] * smoothstep(wisps * 1.3) * up)
+    for k, depth in enumerate((3.2, 2.4, 1.7)):
+        f, phase = p[f'wave{k}'], p[f'phase{k}']
+        ridge = p[f'high{k}'] * (.6 + .25 * (2 * f * c.x + phase).sin()
+                                 + .15 * (5.3 * f * c.x + 2 * phase).sin())
+        shade = .85 + .3 * smoothstep(.5 + .5 * (3.1 * f * c.x + phase + 8 * c.below).cos())
+        share = c.cover(-c.below - ridge) * (p[f'high{k}'] > 0)
+        c.place(p[f'hill{k}'] * p['light'] * shade, share, depth)
+        if k == 0:
+            snow = c.cover(-c.below - ridge) * c.cover(c.below + .62 * ridge)
+            c.paint(.93 * p['light'], snow * p['cap'] * (p['high0'] > .2))
+
+
+def paint_ground(c, p):
+    """Meadow, a field with furrows that meet at the horizon, a road that bends away."""
+    depth = (HEIGHT / c.below.clamp(min=1e-3)).clamp(max=FAR)
+    ground = c.cover(-c.below)
+    near = .8 + .25 * c.below.clamp(0, 1)
+    c.place(p['ground'] * p['light'] * near, ground, depth)
+    field = c.cover(p['field_y'] + p['field_s'] * c.x - 1.6 * c.below) * ground
+    furrows = 1 + p['furrow'] * (14 * (c.x - .3) / (c.below.clamp(min=0) + .12)).sin()
+    c.paint(p['field'] * p['light'] * near * furrows, field)
+    middle = p['road_x'] * c.below + p['bend'] * c.below * (1 - c.below)
+    off, half = (c.x - middle).abs(), p['road_w'] * c.below.clamp(min=0) * .5
+    road = c.cover(off - half) * ground * p['road']
+    c.paint(p['asphalt'] * p['light'], road)
+    dashes = ((6 * depth.clamp(max=2)).sin() > -.2) * p['line']
+    c.paint(.9 * p['light'], c.cover(off - .06 * half) * road * dashes)
+
+
+def paint_object(c, p, k):
+    """A leafy tree, a conifer or a house with its shadow, standing at its depth."""
+    d, scale = p[f'd{k}'], HEIGHT / p[f'd{k}']
+    x, y = c.x - p[f'x{k}'], c.below - scale                # 0 at the foot, y < 0 above it
+    kind, high = p[f'kind{k}'], p[f'h{k}'] * scale
+    wide = p[f'w{k}'] * high
+    lit = 1 + .35 * (x / wide).clamp(-1, 1) * p['sun_x'].sign()
+    tall = y + high
+    trunk = torch.maximum(x.abs() - .09 * wide, torch.maximum(y, -y - .55 * high))
+    bumps = .05 * wide * ((11 * x + 7 * y) / wide).sin()
+    leafy = ellipse(x, y + .64 * high, .5 * wide, .38 * high) + bumps
+    slope = .32 * wide * (tall / high) * (1 + .18 * (22 * tall / high).sin())
+    conifer = torch.maximum(x.abs() - slope, y + .12 * high)
+    crown = torch.where(kind == 0, leafy, conifer)
+    tree = (kind < 2).float()
+    shadow = ellipse(x + .3 * wide * p['sun_x'].sign(), y, .6 * wide, .07 * high)
+    c.paint(p['ground'] * .45, .6 * c.cover(shadow) * (kind < 3) * c.cover(-c.below))
+    c.place(rgb(.28, .20, .14) * p['light'], c.cover(trunk) * tree, d)
+    c.place(p[f'leaf{k}'] * p['light'] * lit, c.cover(crown) * tree, d)
+    house = (kind == 2).float()
+    wall = box(x, y + .42 * high, .55 * wide, .42 * high, 0)
+    side = 1 - .3 * ((x * p['sun_x'].sign()) < -.1 * wide)
+    c.place(p[f'wall{k}'] * p['light'] * side, c.cover(wall) * house, d)
+    floors, rooms = p[f'storeys{k}'] * 3.14159, 3 * 3.14159
+    panes = ((floors * y / (.84 * high)).sin().abs() > .6) & ((rooms * x / wide).sin().abs() > .55)
+    c.paint(rgb(.16, .20, .26), .85 * c.cover(wall + .05 * wide) * panes * house)
+    gable = torch.maximum(x.abs() - .62 * wide * (tall / (.2 * high)).clamp(0, 1),
+                          torch.maximum(-tall, y + .83 * high))
+    c.place(p[f'roof{k}'] * p['light'], c.cover(gable) * house * p[f'gable{k}'], d)
+
+
+def paint_scenes(p, size):
+    """Scenes with parameters p -> images float (B, 3, size, size) in [0, 1], depth (B, 1, ...)."""
+    c = View(p, size)
+    paint_sky_and_hills(c, p)
+    paint_ground(c, p)
+    for k in range(OBJECTS):
+        paint_object(c, p, k)
+    return c.image.clamp(0, 1), c.depth * p['reach']
+
+
+def haze(x, depth, beta, airlight):
+    """Forward operator of dehazing: I = J t + A (1 - t), t = exp(-β d), for J = x (B, 3, H, W) in
+    [0, 1], d = depth (B, 1, H, W), β (B, 1, 1, 1), A = airlight (B, 3, 1, 1) -> like x."""
+    t = (-beta * depth).exp()
+    return x * t + airlight * (1 - t)
+
+
+def draw_scenes(n, size, seed):
+    """n drawn scenes and the same in haze, uint8 (n, 3, size, size) each."""
+    def paint(p, size):
+        x, depth = paint_scenes(p, size)
+        hazy = haze(x, depth, p['beta'], p['airlight'])
+        return to_bytes(2 * x - 1), to_bytes(2 * hazy - 1)
+    return draw(n, size, seed, scene_parameters, paint)
 
 
 # ---------------------------------------------------------------------------- tasks
 @dataclass
 class Split:
-    """What a run trains and is scored on: uint8 (N, 3, H, W); test_hole bool (N, 1, H, W) or None.
+    """What a run trains and is scored on: uint8 tensors (N, C, H, W).
 
-    pairs_x, pairs_y: P. measurements: U_y; measurements_x: their true images, for the oracle alone.
-    images: U_x. test_x, test_y, test_hole: what the scores are taken on.
+    pairs_x, pairs_y: P. measurements: U_y; measurements_x: their true images, for the oracle alone,
+    or None. images: U_x. test_x, test_y: what the scores are taken on, tensors or, where sizes
+    vary, lists of (C, H, W); test_x may be None. test_hole: bool (N, 1, H, W) or None.
     """
     pairs_x: torch.Tensor
     pairs_y: torch.Tensor
     measurements: torch.Tensor
-    measurements_x: torch.Tensor
+    measurements_x: torch.Tensor | None
     images: torch.Tensor
-    test_x: torch.Tensor
-    test_y: torch.Tensor
-    test_hole: torch.Tensor
+    test_x: torch.Tensor | list | None
+    test_y: torch.Tensor | list
+    test_hole: torch.Tensor | None = None
+
+    def grey(self):
+        """The same split with one channel, the luminance."""
+        def luminance(u):
+            if isinstance(u, list):
+                return [luminance(v) for v in u]
+            if u is None or u.dtype == torch.bool:
+                return u
+            r, g, b = u.float().unbind(-3)
+            return (.299 * r + .587 * g + .114 * b).round().byte().unsqueeze(-3)
+        return Split(**{k: luminance(v) for k, v in vars(self).items()})
 
 
-def embedded_faces(size, pairs, measurements, clean, test, seed, validation=0):
-    """The drawn faces as a Split. Pairs and measurements vary with the seed; images, test do not.
+def embedded(task, size, pairs, measurements, clean, test, seed, validation=0):
+    """Drawn faces ('inpaint') or scenes ('dehaze') as a Split; the seed varies all but U_x, test.
 
     Drawn from disjoint streams: a seed's, the clean images', the test images' and, for choosing
-    hyper-parameters, `validation` faces that stand in for the test images.
+    hyper-parameters, `validation` images that stand in for the test images.
     """
-    x, hole = draw_faces(pairs + measurements, size, 1000 + seed)
-    y = punch_hole(x, hole)
-    test_x, test_hole = draw_faces(validation or test, size, 2 if validation else 1)
-    return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], draw_faces(clean, size, 0)[0],
-                 test_x, punch_hole(test_x, test_hole), test_hole)
+    def degraded(n, stream):
+        x, other = (draw_faces if task == 'inpaint' else draw_scenes)(n, size, stream)
+        return (x, punch_hole(x, other), other) if task == 'inpaint' else (x, other, None)
+    x, y, _ = degraded(pairs + measurements, 1000 + seed)
+    test_x, test_y, test_hole = degraded(validation or test, 2 if validation else 1)
+    images = degraded(clean, 0)[0]
+    return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], images, test_x, test_y, test_hole)
 
 
 IMAGE_ENDINGS = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'}
+MOST_PIXELS = 10 ** 8           # more are refused before they are decoded
 
 
 def image_files(folder):
@@ -431,25 +616,40 @@ def image_files(folder):
     return files
 
 
-def read_image(path, size, mode='RGB'):
-    """Centre square of an image file, reduced to size x size -> uint8 array (size, size[, 3])."""
+def open_image(path, mode=None):
+    """A decoded, upright picture, converted to a mode if one is given; 16-bit grey becomes 8-bit.
+
+    Errors: no image, a broken one, one of too many pixels.
+    """
     try:
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.convert(mode)
-            return np.asarray(image.resize((size, size), Image.Resampling.BOX if side >= size
-                                           else Image.Resampling.BICUBIC,
-                                           box=(left, top, left + side, top + side)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')             # of what is refused just below
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f'{image.width} x {image.height} pixels are too many')
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
+            return image.convert(mode) if mode else image.copy()
+    except Exception as e:              # whatever a broken file does to the decoder
         raise ValueError(f'{path}: not a readable image ({e})') from e
 
 
-def read_images(files, size):
+def read_square(path, size, mode='RGB'):
+    """Centre square of an image file, reduced to size x size -> uint8 array (size, size[, 3])."""
+    image = open_image(path, mode)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    how = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
+    return np.array(image.resize((size, size), how, box=(left, top, left + side, top + side)))
+
+
+def read_squares(files, size):
     """Image files -> uint8 tensor (N, 3, size, size)."""
     out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, f in enumerate(files):
-        out[i] = torch.from_numpy(read_image(f, size).copy()).permute(2, 0, 1)
+        out[i] = torch.from_numpy(read_square(f, size)).permute(2, 0, 1)
     return out
 
 
@@ -463,7 +663,7 @@ def celeba_hole(root, index, size):
     for part in FACE_PARTS:
         path = root / 'CelebAMask-HQ-mask-anno' / str(index // 2000) / f'{index:05d}_{part}.png'
         if path.exists():                                           # an absent part has no file
-            covered += read_image(path, size, 'L')      # summed: two parts may share a pixel
+            covered += read_square(path, size, 'L')     # summed: two parts may share a pixel
     return covered >= 128
 
 
@@ -494,13 +694,144 @@ def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=No
     rest = np.random.default_rng(1 + seed).permutation(rest)[:pairs + measurements]
 
     def load(ids):
-        x = read_images([folder / f'{i}.jpg' for i in ids], size)
+        x = read_squares([folder / f'{i}.jpg' for i in ids], size)
         hole = np.stack([celeba_hole(root, i, size) for i in ids])
         return x, torch.from_numpy(hole)[:, None]
 
     x, hole = load(rest)
     y = punch_hole(x, hole)
     test_x, test_hole = load(val_ids if validation else test_ids)
-    unpaired = read_images([folder / f'{i}.jpg' for i in clean_ids] + more, size)
+    unpaired = read_squares([folder / f'{i}.jpg' for i in clean_ids] + more, size)
     return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], unpaired,
                  test_x, punch_hole(test_x, test_hole), test_hole)
+
+
+# Folders of pictures of any size: training crops at full resolution, tests on whole images.
+
+def read_whole(path, size, short_side=0):
+    """An image file -> uint8 (3, H, W), reduced to `short_side` if that is given and smaller.
+
+    Errors: an image that is less than size x size.
+    """
+    image = open_image(path, 'RGB')
+    side = min(image.size)
+    if short_side and side > short_side:
+        shape = [max(short_side, round(n * short_side / side)) for n in image.size]
+        image = image.resize(shape, Image.Resampling.BOX)
+    if min(image.size) < size:
+        raise ValueError(f'{path}: {image.width} x {image.height} is less than the training crops; '
+                         f'use a --size below {size}')
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def crops(pictures, size, rng, most=16):
+    """Random size x size crops of each tuple of like pictures (3, H, W), as many as would tile it
+    and at most `most` -> one uint8 tensor (N, 3, size, size) an element of the tuples."""
+    cut = []
+    for group in pictures:
+        H, W = group[0].shape[1:]
+        for _ in range(min(most, (H // size) * (W // size))):
+            i, j = rng.integers(H - size + 1), rng.integers(W - size + 1)
+            cut.append([u[:, i:i + size, j:j + size] for u in group])
+    return [torch.stack(part) for part in zip(*cut)]
+
+
+def read_pair(x, y, size, short_side=0):
+    """Files of a true image and its measurement -> two like uint8 (3, H, W); a border that only
+    the true image has is cut off. Errors: any other difference of sizes."""
+    u, v = (read_whole(f, size, short_side) for f in (x, y))
+    more = [a - b for a, b in zip(u.shape[1:], v.shape[1:])]
+    if min(more) < 0 or max(more) > .1 * max(u.shape):
+        raise ValueError(f'{y}: {v.shape[2]} x {v.shape[1]}, but {x} is '
+                         f'{u.shape[2]} x {u.shape[1]}')
+    i, j = (m // 2 for m in more)
+    return u[:, i:i + v.shape[1], j:j + v.shape[2]], v
+
+
+def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None, validation=0,
+                 short_side=0):
+    """O-HAZE, I-HAZE or RESIDE SOTS as they come: folders `hazy` beside `GT`, `gt` or `clear`.
+
+    The name up to the first _ is the scene; no scene serves twice. In a fixed order: scenes of the
+    test images, of `validation` ones; the rest shuffled by the seed: one image each of `pairs`
+    scenes, measurements, clean images. Sizes count images. Errors: another layout, too few images.
+    """
+    scenes = {}
+    for hazy in sorted(f for f in Path(root).rglob('*') if f.is_dir() and f.name.lower() == 'hazy'):
+        for clear in hazy.parent.iterdir():
+            if clear.is_dir() and clear.name.lower() in ('gt', 'clear'):
+                files = image_files(hazy)
+                for f in image_files(clear):
+                    name = f.stem.split('_')[0]
+                    views = [h for h in files if h.stem.split('_')[0] == name]
+                    if views:
+                        scenes[clear, name] = (f, views)
+    if not scenes:
+        raise ValueError(f'{root}: no folder hazy beside a folder GT, gt or clear in it, '
+                         'with names that match up to the first _')
+    order = np.random.default_rng(0).permutation(len(scenes)).tolist()
+    scenes, left = list(scenes.values()), order
+
+    def take(n, views=None):
+        """Pairs of files of so many whole scenes that they hold n images, cut to n."""
+        out = []
+        while len(out) < n and left:
+            x, hazy = scenes[left.pop(0)]
+            out += [(x, y) for y in hazy[:views]]
+        if len(out) < n:
+            raise ValueError(f'{root}: {len(scenes)} scenes are too few for --test {test} --pairs '
+                             f'{pairs} --measurements {measurements} --clean {clean}')
+        return out[:n]
+
+    tests, stand_in = take(test), take(validation)
+    left = np.random.default_rng(1 + seed).permutation(left).tolist()
+    few, many = take(pairs, views=1), take(measurements)
+    more = image_files(images)[:clean] if images else []
+    unpaired = [x for x, _ in take(clean - len(more), views=1)] + more
+    rng = np.random.default_rng(seed)
+
+    def load(files):
+        return [read_pair(x, y, size, short_side) for x, y in files]
+    whole = load(stand_in or tests)
+    return Split(*crops(load(few), size, rng), *crops(load(many), size, rng)[::-1],
+                 *crops([(read_whole(f, size, short_side),) for f in unpaired], size, rng),
+                 *map(list, zip(*whole)))
+
+
+def custom_folders(root, size, pairs, measurements, clean, test, seed, images=None,
+                   short_side=0, grey=False):
+    """A user's folders paired/x, paired/y, measurements, images, and perhaps test/x, test/y.
+
+    File names pair x with y; sizes are at most. Without a test folder test_x is None, test_y holds
+    crops of the measurements. Errors: what is missing or does not fit, by name.
+    """
+    root, rng = Path(root), np.random.default_rng(seed)
+
+    def checked(files):
+        for f in files:
+            if (open_image(f).mode in ('1', 'L', 'LA', 'La')) != grey:
+                raise ValueError(f'{f}: {"in colour" if grey else "grey"}, but --channels '
+                                 f'{1 if grey else 3} needs {"grey" if grey else "colour"} images')
+        return files
+
+    def matched(folder, most):
+        xs, ys = ({f.stem: f for f in image_files(root / folder / k)} for k in 'xy')
+        for one, other, name in ((xs, ys, 'y'), (ys, xs, 'x')):
+            for stem in sorted(one.keys() - other.keys()):
+                raise ValueError(f'{one[stem]}: has no partner in {root / folder / name}')
+        stems = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
+        checked([d[s] for s in stems[:most] for d in (xs, ys)])
+        return [read_pair(xs[s], ys[s], size, short_side) for s in stems[:most]]
+
+    def single(files, most):
+        files = checked(rng.permutation(files)[:most].tolist())
+        return crops([(read_whole(f, size, short_side),) for f in files], size, rng)[0]
+
+    few = crops(matched('paired', pairs), size, rng)
+    many = single(image_files(root / 'measurements'), measurements)
+    files = image_files(root / 'images') + (image_files(images) if images else [])
+    unpaired = single(files, clean)
+    tests = [None, list(many[:64])]
+    if (root / 'test').exists():
+        tests = map(list, zip(*matched('test', test)))
+    return Split(*few, many, None, unpaired, *tests)

@@ -20,11 +20,13 @@ from pathlib import Path
 
 def load_libraries():
     """Imports what takes a second, so that --help and a mistyped flag answer at once."""
-    global copy, torch, Image, ImageDraw, ImageFont, cyclegan, data, ddpm, metrics, UNet
+    global copy, np, torch, Image, ImageDraw, ImageFont, ImageOps, UNet
+    global cyclegan, data, ddpm, metrics
     import copy
 
+    import numpy as np
     import torch
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     import cyclegan
     import data
@@ -230,7 +232,8 @@ class Setup:
         self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
         self.acp = ddpm.alphas_cumprod().to(self.device)
         self.mults = multipliers(args.size)
-        self.about = {'channels': args.channels, 'mults': list(self.mults), 'size': args.size}
+        self.about = {'version': VERSION, 'task': args.task, 'channels': args.channels,
+                      'width': args.width, 'mults': list(self.mults), 'size': args.size}
 
     def amp(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -238,7 +241,7 @@ class Setup:
     def net(self, seed, **kind):
         """A U-Net with initial weights of its own seed, the same for every method."""
         torch.manual_seed(seed)
-        net = UNet(3, 3, self.a.channels, self.mults, **kind)
+        net = UNet(self.a.channels, self.a.channels, self.a.width, self.mults, **kind)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, part):
@@ -354,8 +357,8 @@ def train(run, method, seed, split, models, score):
 
     def unpaired_losses():
         index, flip = draw_batch(unpaired, len(split.measurements), a.batch)
-        y_u, x_u = (batch_of(u, index, flip, run.device)
-                    for u in (split.measurements, split.measurements_x))
+        y_u = batch_of(split.measurements, index, flip, run.device)
+        x_u = batch_of(split.measurements_x, index, flip, run.device) if label == 'truth' else None
         with run.amp():
             x_hat, z = f(y_u, latent=True)
             start = teacher(y_u) if source == 'teacher' else x_hat.detach()
@@ -406,7 +409,7 @@ def train_cyclegan(run, seed, split, score):
     """Trains CycleGAN between U_y and U_x -> (gan, curve, seconds); gan.to_x reconstructs."""
     a, curve = run.a, []
     torch.manual_seed(seed)
-    gan = cyclegan.CycleGAN(3, *cyclegan.sizes(a.size))
+    gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size))
     gan = gan.to(run.device, memory_format=torch.channels_last)
     opt_G, opt_D = cyclegan.optimisers(gan)
     draws, _, _ = generators(100 * seed, run.device)
@@ -425,7 +428,7 @@ def train_cyclegan(run, seed, split, score):
              'pool_y': gan.pool_y, 'curve': curve}
     name = f'cyclegan-s{seed}'
     seconds = fit(run.out / f'{name}.pt', parts, update, a.gan_steps, run.log(name),
-                  ['gan', 'curve'], {'kind': 'CycleGAN', 'size': a.size})
+                  ['gan', 'curve'], {'kind': 'CycleGAN', **run.about})
     return gan, curve, seconds
 
 
@@ -441,8 +444,21 @@ def held_out_loss(run, prior, images):
     return sum(losses) / len(losses)
 
 
+def same_size(images, size):
+    """Images of varying sizes, a list of (C, H, W), averaged down to one tensor (N, C, size, size);
+    a tensor is left as it is."""
+    if not isinstance(images, list):
+        return images
+    shrink = torch.nn.functional.adaptive_avg_pool2d
+    return torch.stack([shrink(u.float(), size).to(u.dtype) for u in images])
+
+
 def reconstruct(run, f, y, batch=64):
-    """f on uint8 measurements (N, 3, H, W) -> x_hat (N, 3, H, W), z (N, C, h, w) on the CPU."""
+    """f on uint8 measurements -> x_hat like y but float in [-1, 1], latents z (N, C, h, w), on the
+    CPU. y is a tensor (N, C, H, W) or a list of (C, H, W) of varying sizes, then taken whole."""
+    if isinstance(y, list):
+        z = reconstruct(run, f, same_size(y, run.a.size))[1]
+        return [whole(run, f, data.to_float(u[None]))[0] for u in y], z
     out = []
     for chunk in y.split(batch):
         with torch.no_grad(), run.amp():
@@ -451,8 +467,29 @@ def reconstruct(run, f, y, batch=64):
     return torch.cat(x_hat).clamp(-1, 1).float().cpu(), torch.cat(z).float().cpu()
 
 
+def whole(run, f, y, tile=512, overlap=64):
+    """f on one image y (1, C, H, W) of any size, in [-1, 1]: padded to what f takes and cropped
+    back; a large one in tiles, whose borders are faded into each other."""
+    H, W = y.shape[2:]
+    total, weight = torch.zeros_like(y), torch.zeros(1, 1, H, W)
+    for i in range(0, max(1, H - overlap), tile - overlap):
+        for j in range(0, max(1, W - overlap), tile - overlap):
+            part = y[:, :, i:i + tile, j:j + tile]
+            h, w = part.shape[2:]
+            pad = (-w % f.factor, -h % f.factor)
+            padded = torch.nn.functional.pad(part, (0, pad[0], 0, pad[1]), mode='replicate')
+            with torch.no_grad(), run.amp():
+                x_hat = f(padded.to(run.device))[:, :, :h, :w].float().cpu()
+            rows, cols = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).clamp(max=overlap)
+                          for n in (h, w))
+            fade = (rows[:, None] * cols).float()
+            total[:, :, i:i + tile, j:j + tile] += fade * x_hat
+            weight[:, :, i:i + tile, j:j + tile] += fade
+    return (total / weight).clamp(-1, 1)
+
+
 def prior_features(run, prior, x, t=50, batch=64):
-    """The DDPM's bottleneck, mean over space, for x float (N, 3, H, W) seen as x_t -> (N, D)."""
+    """The DDPM's bottleneck, mean over space, for x float (N, C, H, W) seen as x_t -> (N, D)."""
     out = []
     for chunk in x.split(batch):
         with torch.no_grad(), run.amp():
@@ -473,7 +510,7 @@ def optional_metrics(a):
         weights = metrics.lpips_weights(*files)
 
         def lpips(x_hat, x):
-            return torch.cat([metrics.lpips(p, q, weights)
+            return torch.cat([metrics.lpips(colour(p), colour(q), weights)
                               for p, q in zip(x_hat.split(64), x.split(64))])
     if a.fid_weights:
         try:
@@ -513,26 +550,45 @@ def scorer(run, split, prior):
 
     fd_prior is the Fréchet distance of the DDPM's features, not the Inception network's.
     """
-    x, hole = data.to_float(split.test_x), split.test_hole
-    features = prior_features(run, prior, x)
+    size, hole = run.a.size, split.test_hole
+    x = [data.to_float(u) for u in split.test_x] if split.test_x is not None else None
+    small_x = data.to_float(same_size(split.test_x, size)) if x else None
+    features = prior_features(run, prior, small_x) if x else None
     lpips, inception = optional_metrics(run.a)
-    real = inception(split.test_x) if inception else None
+    real = inception(colour(data.to_bytes(small_x))) if x and inception else None
+
+    def mean(metric, x_hat, **more):
+        """Mean over the test images, stacked where they are of one size."""
+        if not isinstance(split.test_y, list):
+            return metric(x_hat, torch.stack(x), **more).nanmean().item()
+        return statistics.mean(metric(u[None], v[None], **more).item() for u, v in zip(x_hat, x))
 
     def score(f):
         x_hat, z = reconstruct(run, f, split.test_y)
-        inside, outside = None, None
+        small = same_size(x_hat, size)
+        s = dict.fromkeys(('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'lpips', 'fd_prior', 'fid'))
+        s |= {'corr_latent': metrics.correlation(z).item(),
+              'corr_output': metrics.correlation(small).item()}
+        if not x:
+            return s
+        s |= {'psnr': mean(metrics.psnr, x_hat, data_range=2),
+              'ssim': mean(metrics.ssim, x_hat, data_range=2),
+              'fd_prior': metrics.frechet_distance(prior_features(run, prior, small), features)}
         if hole is not None:
-            inside, outside = (metrics.psnr(x_hat, x, data_range=2, mask=m).nanmean().item()
-                               for m in (hole, ~hole))
-        fd = metrics.frechet_distance(prior_features(run, prior, x_hat), features)
-        fid = inception and metrics.frechet_distance(inception(data.to_bytes(x_hat)), real)
-        return {'psnr': metrics.psnr(x_hat, x, data_range=2).mean().item(), 'psnr_hole': inside,
-                'psnr_visible': outside, 'ssim': metrics.ssim(x_hat, x, data_range=2).mean().item(),
-                'lpips': lpips and lpips(x_hat, x).mean().item(), 'fd_prior': fd, 'fid': fid,
-                'fid_features': real.shape[1] if inception else None,
-                'corr_latent': metrics.correlation(z).item(),
-                'corr_output': metrics.correlation(x_hat).item()}
+            s |= {f'psnr_{k}': mean(metrics.psnr, x_hat, data_range=2, mask=m)
+                  for k, m in (('hole', hole), ('visible', ~hole))}
+        if lpips:
+            s['lpips'] = mean(lpips, x_hat)
+        if inception:
+            fid = metrics.frechet_distance(inception(colour(data.to_bytes(small))), real)
+            s |= {'fid': fid, 'fid_features': real.shape[1]}
+        return s
     return score
+
+
+def colour(x):
+    """Grey images (B, 1, H, W) as (B, 3, H, W); colour ones as they are."""
+    return x.expand(-1, 3, -1, -1)
 
 
 def fast_bf16(device):
@@ -594,20 +650,20 @@ def table(methods):
 
 
 def grid(rows, path, columns=10):
-    """Labelled rows of images: name -> uint8 (N, 3, H, W); small images are enlarged."""
-    H, W = next(iter(rows.values())).shape[-2:]
-    scale = max(1, 96 // H)
-    font = ImageFont.load_default(16)
+    """Labelled rows of images: name -> uint8 (C, H, W) each; small ones are enlarged."""
+    first = next(iter(rows.values()))
+    side = max(1, 96 // first[0].shape[1]) * min(256, first[0].shape[1])
+    font, columns = ImageFont.load_default(16), min(columns, len(first))
     left = 16 + max(int(font.getlength(name)) for name in rows)
-    step_x, step_y = W * scale + 4, H * scale + 4
-    sheet = Image.new('RGB', (left + columns * step_x, len(rows) * step_y + 4), 'white')
+    sheet = Image.new('RGB', (left + columns * (side + 4), len(rows) * (side + 4) + 4), 'white')
     draw = ImageDraw.Draw(sheet)
     for r, (name, images) in enumerate(rows.items()):
-        draw.text((8, 4 + r * step_y + H * scale / 2), name, 'black', font, anchor='lm')
+        draw.text((8, 4 + r * (side + 4) + side / 2), name, 'black', font, anchor='lm')
         for c, image in enumerate(images[:columns]):
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            tile = tile.resize((W * scale, H * scale), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + c * step_x, 4 + r * step_y))
+            tile = Image.fromarray(colour(image[None])[0].permute(1, 2, 0).numpy())
+            how = Image.Resampling.NEAREST if side % tile.width == 0 else Image.Resampling.BOX
+            tile = ImageOps.fit(tile, (side, side), how)
+            sheet.paste(tile, (left + c * (side + 4), 4 + r * (side + 4)))
     save_picture(sheet, path)
 
 
@@ -674,15 +730,22 @@ def curves(methods, path, truth):
     def series(key):
         return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
                 for m, seeds in methods.items() if m != 'cyclegan'}    # its updates are others
-    last = max(x for seeds in series('psnr').values() for line in seeds for x, _ in line)
-    corr = series('corr_output') | {'truth': [[(0, truth), (last, truth)]]}
-    plot([('PSNR on the test images', 'updates of f', 'dB', series('psnr')),
-          ('Correlation of the reconstructions', 'updates of f', '', corr)], path)
+    corr = series('corr_output')
+    panels = [('Correlation of the reconstructions', 'updates of f', '', corr)]
+    if truth is not None and corr:
+        last = max(x for seeds in corr.values() for line in seeds for x, _ in line)
+        corr['truth'] = [[(0, truth), (last, truth)]]
+        panels.insert(0, ('PSNR on the test images', 'updates of f', 'dB', series('psnr')))
+    if corr:
+        plot(panels, path)
 
 
 # ---------------------------------------------------------------------------- command line
 QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
          'updates': 100, 'warmup': 40, 'gan_steps': 40}
+
+
+VERSION = 1             # of checkpoints: goes up when older ones can no longer be read
 
 
 class Positive:
@@ -712,14 +775,20 @@ def command_line():
         description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
                     'images and one of clean images, supervised by a diffusion model.')
     g = p.add_argument_group('what to run')
-    g.add_argument('--task', choices=['inpaint'], default='inpaint', help='what is undone')
-    g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; without it, drawn faces')
+    g.add_argument('--task', choices=['inpaint', 'dehaze', 'custom'], default='inpaint',
+                   help='what is undone')
+    g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; O-HAZE, I-HAZE or SOTS; '
+                   'your own folders. Without it, drawn images')
     g.add_argument('--images', metavar='DIR', help='more clean images for U_x')
     g.add_argument('--method', nargs='+', default=['supervised', 'sud2'], choices=[*METHODS, 'all'],
                    metavar='NAME', help=f"one or several of {', '.join(METHODS)}; or all")
     g.add_argument('--seed', nargs='+', type=zero, default=[0], metavar='N',
                    help='pairs, initial weights and noise; several give mean ± std')
-    g.add_argument('--size', type=count, default=32, help='height and width, pixels')
+    g.add_argument('--size', type=count, default=32,
+                   help='height and width that is trained on, pixels')
+    g.add_argument('--channels', type=int, choices=[1, 3], default=3, help='grey or colour')
+    g.add_argument('--short-side', type=zero, default=0, metavar='N',
+                   help='reduce larger pictures of folders to this first; 0: as they are')
     g.add_argument('--pairs', type=count, default=5, help='|P|, before/after pairs')
     g.add_argument('--measurements', type=count, default=1000, help='|U_y|, degraded images')
     g.add_argument('--clean', type=count, default=12500, help='|U_x|, clean images')
@@ -752,8 +821,8 @@ def command_line():
     g.add_argument('--prior-lr', type=real, default=3e-3, help='their learning rate')
     g.add_argument('--gan-steps', type=count, default=2000, help='training steps of CycleGAN')
     g.add_argument('--gan-batch', type=count, default=8, help='its batch')
-    g.add_argument('--channels', type=count, default=64,
-                   help='width of the networks, a multiple of 16')
+    g.add_argument('--width', type=count, default=64,
+                   help='channels of the networks, a multiple of 16')
     g.add_argument('--points', type=count, default=8, help='scores taken along the way')
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
@@ -765,6 +834,9 @@ def command_line():
     g.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
     g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
                    help='of the convolutions; auto takes the faster')
+    g.add_argument('--restore', nargs='+', metavar='PATH',
+                   help='apply a trained network to pictures and folders of them')
+    g.add_argument('--checkpoint', metavar='FILE', help='the network for --restore')
     g.add_argument('--dry-run', action='store_true', help='print the plan and stop')
     return p
 
@@ -776,14 +848,14 @@ def parse(argv=None):
     if a.quick:
         p.set_defaults(**QUICK)
         a = p.parse_args(argv)
-    a.out = a.out or f'runs/{a.task}'
-    a.method = list(METHODS) if 'all' in a.method else list(dict.fromkeys(a.method))
+    every = [m for m in METHODS if m != 'oracle' or a.task != 'custom']
+    a.method = every if 'all' in a.method else list(dict.fromkeys(a.method))
     a.seed = sorted(set(a.seed))
     factor = 2 ** len(multipliers(a.size))
     checks = [
         (a.size < 16 or a.size > 1024, f'--size {a.size}: must be from 16 to 1024'),
         (a.size % factor, f'--size {a.size}: must divide by {factor}'),
-        (a.channels % 16, f'--channels {a.channels}: must divide by 16'),
+        (a.width % 16, f'--width {a.width}: must divide by 16'),
         (a.t_start > 999, f'--t-start {a.t_start}: must be from 0 to 999'),
         (a.r_steps > a.t_start + 1,
          f'--r-steps {a.r_steps}: at most --t-start + 1 = {a.t_start + 1}'),
@@ -793,6 +865,12 @@ def parse(argv=None):
         (a.shift >= a.size, f'--shift {a.shift}: must be below --size'),
         (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
         (a.images and not a.data, '--images: needs --data'),
+        (a.task == 'custom' and not a.data and not a.restore,
+         '--task custom: needs --data DIR with paired/x, paired/y, measurements and images'),
+        (a.task == 'custom' and 'oracle' in a.method,
+         '--method oracle: needs the true images of the measurements, which --task custom lacks'),
+        (bool(a.restore) != bool(a.checkpoint), '--restore: needs --checkpoint, and the reverse'),
+        (a.restore and not a.out, '--restore: needs --out DIR'),
         (a.lpips_weights and a.lpips_weights != ['download'] and len(a.lpips_weights) != 2,
          '--lpips-weights: needs two files, ALEXNET LINEAR, or the word download'),
         (a.lpips_weights and a.size < 32, f'--size {a.size}: LPIPS needs at least 32'),
@@ -800,19 +878,29 @@ def parse(argv=None):
     for wrong, message in checks:
         if wrong:
             p.error(message)
+    a.out = a.out or f'runs/{a.task}'
     return a
 
 
 def load_split(a, seed):
     """The task's data for one seed."""
     sizes = dict(size=a.size, pairs=a.pairs, measurements=a.measurements, clean=a.clean,
-                 test=a.test, seed=seed, validation=a.validation)
-    if a.data:
-        return data.celeba_mask_hq(a.data, images=a.images, **sizes)
-    return data.embedded_faces(**sizes)
+                 test=a.test, seed=seed)
+    if a.task == 'custom':
+        split = data.custom_folders(a.data, **sizes, images=a.images, short_side=a.short_side,
+                                    grey=a.channels == 1)
+    elif not a.data:
+        split = data.embedded(a.task, **sizes, validation=a.validation)
+    elif a.task == 'dehaze':
+        split = data.haze_folders(a.data, **sizes, images=a.images, validation=a.validation,
+                                  short_side=a.short_side)
+    else:
+        split = data.celeba_mask_hq(a.data, **sizes, images=a.images, validation=a.validation)
+    return split.grey() if a.channels == 1 else split
 
 
-FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick'}     # may differ when a run goes on
+# what may differ when a run goes on
+FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'checkpoint'}
 
 
 def check_config(run):
@@ -839,7 +927,7 @@ def plan(run, needs_denoiser):
     from torch.utils.flop_counter import FlopCounterMode
     a, net = run.a, run.net(0, time=True)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        net(torch.zeros(1, 3, a.size, a.size, device=run.device),
+        net(torch.zeros(1, a.channels, a.size, a.size, device=run.device),
             torch.zeros(1, dtype=torch.long, device=run.device))
     rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
@@ -850,7 +938,7 @@ def plan(run, needs_denoiser):
         (3 + calls.get(METHODS[m].label, 1)) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
-    print(f'{a.task}: {a.data or "drawn faces"}, {a.size} x {a.size}; {a.pairs} pairs, '
+    print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {a.pairs} pairs, '
           f'{a.measurements} measurements, {a.clean} clean, {a.validation or a.test} '
           f'{"validation" if a.validation else "test"} images\n'
           f'methods: {", ".join(a.method)}; seeds {seeds}; {a.updates} updates each\n'
@@ -867,6 +955,47 @@ def processor():
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
              if line.startswith('model name')] if info.exists() else []
     return names[0] if names else os.uname().machine
+
+
+def restore_pictures(a):
+    """Applies a trained f to files and folders of pictures, each result under its own name in
+    --out, of the same size and with its alpha channel. Errors, told after the rest is done: a file
+    that is no readable picture, a result that would lie where an input does."""
+    saved = load(Path(a.checkpoint), {'kind': 'reconstructor', 'version': VERSION})
+    try:
+        a.task, a.channels, a.width, a.size = (
+            saved[k] for k in ('task', 'channels', 'width', 'size'))
+        run = Setup(a)
+        f = run.net(0, residual=True)
+        f.load_state_dict(saved['parts']['f'])
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f'{a.checkpoint}: damaged, or not a checkpoint of sud2') from e
+    files = []
+    for p in map(Path, a.restore):
+        files += [(g, g.relative_to(p)) for g in data.image_files(p)] if p.is_dir() else [
+            (p, Path(p.name))]
+    taken, failed = {g.resolve() for g, _ in files}, []
+    for g, name in files:
+        try:
+            path = run.out / name
+            if path.resolve() in taken:
+                raise ValueError(f'{g}: {path} is an input or another result; use another --out')
+            picture = data.open_image(g)
+            u = torch.from_numpy(np.array(picture.convert('L' if a.channels == 1 else 'RGB')))
+            y = data.to_float(u.view(1, *u.shape[:2], a.channels).permute(0, 3, 1, 2))
+            x_hat = data.to_bytes(whole(run, f, y))[0].permute(1, 2, 0).squeeze(2).numpy()
+            result = Image.fromarray(x_hat)
+            if 'A' in picture.getbands():
+                result.putalpha(picture.getchannel('A'))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result.save(f'{path}.tmp', Image.registered_extensions()[g.suffix.lower()], quality=95)
+            os.replace(f'{path}.tmp', path)
+            taken.add(path.resolve())
+            print(path)
+        except (ValueError, OSError, KeyError) as e:
+            failed.append(str(e) if isinstance(e, ValueError) else f'{g}: {e}')
+    if failed:
+        raise ValueError(f'{len(failed)} of {len(files)} not restored: ' + '; '.join(failed))
 
 
 def report(run, methods, prior_scores, began, rows, truth_corr):
@@ -890,6 +1019,8 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
 def main(a):
     """Trains the priors, then each method with each seed, and reports. Errors: ValueError."""
     began = time.monotonic()
+    if a.restore:
+        return restore_pictures(a)
     run = Setup(a)
     needs_denoiser = any('denoise' in (METHODS[m].label or '') for m in a.method)
     needs_gan, gan = any('cyclegan' in m for m in a.method), None
@@ -901,7 +1032,9 @@ def main(a):
     check_config(run)
     prior, seconds = train_prior(run, split.images, 'prior')
     denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser else None
-    prior_scores = {'eps_loss': held_out_loss(run, prior, split.test_x), 'seconds': seconds}
+    tests = same_size(split.test_x, a.size)
+    prior_scores = {'seconds': seconds, 'eps_loss':
+                    held_out_loss(run, prior, tests) if tests is not None else None}
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
         split = split if seed == a.seed[0] else load_split(a, seed)
@@ -916,12 +1049,13 @@ def main(a):
                 f, curve, seconds = train(run, m, seed, split, models, score)
             last = {k: v for k, v in curve[-1].items() if k != 'update'}
             methods[m][str(seed)] = {
-                **last, 'best_psnr': max(c['psnr'] for c in curve),
+                **last, 'best_psnr': tests is not None and max(c['psnr'] for c in curve) or None,
                 'updates': curve[-1]['update'], 'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
-                rows[m] = data.to_bytes(reconstruct(run, f, split.test_y[:10])[0])
-    rows['truth'] = split.test_x
-    truth_corr = metrics.correlation(data.to_float(split.test_x)).item()
+                rows[m] = [data.to_bytes(u) for u in reconstruct(run, f, split.test_y[:10])[0]]
+    truth_corr = None
+    if tests is not None:
+        rows['truth'], truth_corr = split.test_x, metrics.correlation(data.to_float(tests)).item()
     report(run, methods, prior_scores, began, rows, truth_corr)
 
 

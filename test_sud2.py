@@ -37,7 +37,7 @@ TINY = [
     '16',
     '--test',
     '12',
-    '--channels',
+    '--width',
     '16',
     '--batch',
     '4',
@@ -633,8 +633,8 @@ def test_another_runs_prior_serves(finished, tmp_path):
     assert not (tmp_path / 'a' / 'prior.pt').exists()
     with pytest.raises(ValueError, match='prior.pt: not there'):
         sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
-    with pytest.raises(ValueError, match='made with channels 16, this run has 32'):
-        sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--channels', '32'))
+    with pytest.raises(ValueError, match='made with width 16, this run has 32'):
+        sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--width', '32'))
 
 
 @pytest.mark.parametrize('keep', [0, 100, 5000])
@@ -841,10 +841,10 @@ def test_the_hole_hides_the_face_and_nothing_else():
 
 def test_embedded_split_is_disjoint_and_keeps_images_and_test_over_seeds():
     sizes = dict(size=16, pairs=3, measurements=5, clean=6, test=4)
-    a, b = (data.embedded_faces(**sizes, seed=s) for s in (0, 1))
+    a, b = (data.embedded('inpaint', **sizes, seed=s) for s in (0, 1))
     assert torch.equal(a.images, b.images) and torch.equal(a.test_y, b.test_y)
     assert not torch.equal(a.pairs_x, b.pairs_x)
-    c = data.embedded_faces(**sizes, seed=0, validation=4)
+    c = data.embedded('inpaint', **sizes, seed=0, validation=4)
     assert torch.equal(a.pairs_y, c.pairs_y) and not torch.equal(a.test_x, c.test_x)
     everything = torch.cat([a.pairs_x, a.measurements_x, a.images, a.test_x, c.test_x]).flatten(1)
     assert len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
@@ -928,7 +928,7 @@ def test_celeba_errors(celeba, tmp_path):
         (['--size', '4'], '--size 4: must be from 16'),
         (['--t-start', '1000'], '--t-start 1000'),
         (['--r-steps', '500'], '--r-steps 500'),
-        (['--channels', '20'], '--channels 20'),
+        (['--width', '20'], '--width 20'),
         (['--meth', 'sud'], 'unrecognized arguments'),
         (['--images', 'x'], '--images: needs --data'),
     ],
