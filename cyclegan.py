@@ -113,7 +113,7 @@ def pooled(pool, images, generator, size=50):
             k = int(torch.randint(size, (), generator=generator))
             image, pool[k] = pool[k], image
         out.append(image)
-    return torch.stack(out)
+    return torch.stack([image.to(images) for image in out])
 
 
 def gan_loss(verdict, real):

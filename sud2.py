@@ -7,10 +7,15 @@ Chan, Young, Metzler: SUD²: Supervision by Denoising Diffusion Models for Image
 Images are float (B, C, H, W) in [-1, 1] inside; equation numbers are the workshop paper's.
 """
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import resource
+import shlex
+import signal
 import statistics
 import sys
 import time
@@ -149,32 +154,65 @@ def learning_rate(step, steps, warmup=50):
     return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
 
 
-def fit(path, parts, update, steps, log, keep, about, every=30):
-    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `path` if it is there.
+def fit(run, name, parts, update, steps, keep, about):
+    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `name`.pt.
 
     parts: name -> module, optimiser, generator or list that the update changes. All of them are
-    saved every `every` seconds; when done, those named in `keep` remain, with `about`, plain values
-    that say what the checkpoint is. update returns a dict of scalars for the progress line.
+    saved every --save-every seconds and when the user stops; when done, those named in `keep`
+    remain, with `about`, plain values that say what the checkpoint is. update returns a dict of
+    scalars for the progress line. Errors: a scalar that is not finite; what was saved stays.
     """
+    path, log, about = run.out / f'{name}.pt', run.log(name), {**about, **run.about}
     start, seconds = 0, 0.0
     if path.exists():
         saved = load(path, about)
         start, seconds = saved['step'], saved['seconds']
-        for name, state in saved['parts'].items():
-            restore(parts[name], state)
+        try:
+            for name, state in saved['parts'].items():
+                restore(parts[name], state)
+        except Exception as e:          # whatever damage does to a state
+            raise ValueError(f'{path}: damaged, or not a checkpoint of this run') from e
     began = last_save = last_line = time.monotonic()
     for step in range(start, steps):
-        numbers = update(step)
+        with Stop.postponed():                          # a state is saved between two updates only
+            numbers = update(step)
         now, done = time.monotonic(), step == steps - 1
-        if now - last_line > 5 or done:
+        speak = now - last_line > 5 or done
+        write = now - last_save > run.a.save_every or done or Stop.asked
+        if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
+            raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
+                             f'{path} keeps the last good state; try a lower learning rate')
+        if speak:
             log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
             last_line = now
-        if now - last_save > every or done:
+        if write:
             names = keep if done else parts
             save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began,
                         'parts': {name: snapshot(parts[name]) for name in names}})
             last_save = time.monotonic()
+        if Stop.asked:
+            raise KeyboardInterrupt
     return seconds + time.monotonic() - began
+
+
+class Stop:
+    """Ctrl-C, or SIGTERM, waits for the update that is under way; elsewhere it acts at once."""
+    asked, waiting = False, False
+
+    @classmethod
+    def handler(cls, number, frame):
+        if cls.asked or not cls.waiting:
+            raise KeyboardInterrupt
+        cls.asked = True
+
+    @classmethod
+    @contextlib.contextmanager
+    def postponed(cls):
+        cls.waiting = True
+        try:
+            yield
+        finally:
+            cls.waiting = False
 
 
 def snapshot(part):
@@ -197,7 +235,7 @@ def restore(part, state):
 def load(path, about):
     """A checkpoint of this program. Errors: none there, a damaged one, or another kind of net."""
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location='cpu', weights_only=True)
         there = {k: saved[k] for k in (*about, 'step', 'seconds', 'parts')}
     except Exception as e:              # whatever a damaged file does to the reader
         raise ValueError(f'{path}: not there, damaged, or not a checkpoint of sud2') from e
@@ -209,7 +247,10 @@ def load(path, about):
 
 def save(path, value):
     """Writes a checkpoint under a temporary name, then renames it: never half a file."""
-    torch.save(value, f'{path}.tmp')
+    try:
+        torch.save(value, f'{path}.tmp')
+    except RuntimeError as e:                           # torch's word for a full disk
+        raise OSError(f'{path}: cannot be written, is the disk full?') from e
     os.replace(f'{path}.tmp', path)
 
 
@@ -252,8 +293,11 @@ class Setup:
             left = (steps - step) / rate
             print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left',
                   flush=True)
-            with open(self.out / 'log.jsonl', 'a') as f:
-                f.write(json.dumps({'part': part, 'step': step, **numbers}) + '\n')
+            with open(self.out / 'log.jsonl', 'a+b') as f:
+                f.seek(max(0, f.tell() - 1))
+                torn = f.read() not in (b'', b'\n')     # a run was killed in the middle of a line
+                text = json.dumps({'part': part, 'step': step, **numbers})
+                f.write(b'\n' * torn + text.encode() + b'\n')
         return line
 
 
@@ -282,11 +326,11 @@ def train_prior(run, images, which):
 
     The weights returned are averaged over the steps (EMA). With --prior they are another run's.
     """
-    a, diffusion, about = run.a, which == 'prior', {'kind': which, **run.about}
+    a, diffusion = run.a, which == 'prior'
     net = run.net(0, time=diffusion, residual=not diffusion)
     ema = copy.deepcopy(net).requires_grad_(False)
     if a.prior:
-        saved = load(Path(a.prior) / f'{which}.pt', about)
+        saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
         ema.load_state_dict(saved['parts']['ema'])
         return ema, saved['seconds']
     opt = optimiser(net, a.prior_lr)
@@ -306,8 +350,7 @@ def train_prior(run, images, which):
         return {'loss': loss.detach()}
 
     parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
-    path = run.out / f'{which}.pt'
-    return ema, fit(path, parts, update, steps, run.log(which), ['ema'], about)
+    return ema, fit(run, which, parts, update, steps, ['ema'], {'kind': which})
 
 
 class Ensemble:
@@ -393,9 +436,8 @@ def train(run, method, seed, split, models, score):
         note_score(a, curve, step, a.updates, score, f)
         return {k: v.detach() for k, v in numbers.items()}
 
-    name = f'{method}-s{seed}'
-    seconds = fit(run.out / f'{name}.pt', parts, update, a.updates, run.log(name), ['f', 'curve'],
-                  {'kind': 'reconstructor', 'method': method, **run.about})
+    seconds = fit(run, f'{method}-s{seed}', parts, update, a.updates, ['f', 'curve'],
+                  {'kind': 'reconstructor', 'method': method})
     return f, curve, seconds
 
 
@@ -426,9 +468,8 @@ def train_cyclegan(run, seed, split, score):
 
     parts = {'gan': gan, 'opt_G': opt_G, 'opt_D': opt_D, 'draws': draws, 'pool_x': gan.pool_x,
              'pool_y': gan.pool_y, 'curve': curve}
-    name = f'cyclegan-s{seed}'
-    seconds = fit(run.out / f'{name}.pt', parts, update, a.gan_steps, run.log(name),
-                  ['gan', 'curve'], {'kind': 'CycleGAN', **run.about})
+    seconds = fit(run, f'cyclegan-s{seed}', parts, update, a.gan_steps, ['gan', 'curve'],
+                  {'kind': 'CycleGAN'})
     return gan, curve, seconds
 
 
@@ -823,6 +864,8 @@ def command_line():
     g.add_argument('--gan-batch', type=count, default=8, help='its batch')
     g.add_argument('--width', type=count, default=64,
                    help='channels of the networks, a multiple of 16')
+    g.add_argument('--save-every', type=weight, default=30.0, metavar='SECONDS',
+                   help='time between checkpoints')
     g.add_argument('--points', type=count, default=8, help='scores taken along the way')
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
@@ -900,17 +943,39 @@ def load_split(a, seed):
 
 
 # what may differ when a run goes on
-FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'checkpoint'}
+FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'checkpoint',
+        'save_every'}
+
+
+def fingerprint(folders):
+    """A hash of the names, sizes and times of all files in folders; '' for none."""
+    digest = hashlib.sha256()
+    for folder in filter(None, folders):
+        for f in sorted(Path(folder).rglob('*')):
+            if f.is_file():
+                s = f.stat()
+                digest.update(f'{f.relative_to(folder)} {s.st_size} {s.st_mtime_ns}'.encode(
+                    errors='surrogateescape'))
+    return digest.hexdigest() if any(folders) else ''
 
 
 def check_config(run):
-    """Writes config.json, or compares with the one that is there. Errors: a flag that differs."""
+    """Writes config.json, or compares with the one that is there. Errors: a flag or data that
+    differ."""
     path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
+    config['files'] = fingerprint([run.a.data, run.a.images])
     if path.exists():
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_bytes())
+            there = {k: there[k] for k in config}
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{path}: damaged, or of another version; use another --out') from e
+        if there['files'] != config['files']:
+            raise ValueError('--data or --images: not the files that this run began with; '
+                             'use another --out')
         for k, v in config.items():
-            if there.get(k) != v:
-                raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there.get(k)}; '
+            if there[k] != v:
+                raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there[k]}; '
                                  'use that value, or another --out')
     write_json(path, config)
     return config
@@ -922,7 +987,7 @@ def write_json(path, value):
     os.replace(f'{path}.tmp', path)
 
 
-def plan(run, needs_denoiser):
+def plan(run):
     """Prints what will be done, with sizes, parameters, device and expected minutes."""
     from torch.utils.flop_counter import FlopCounterMode
     a, net = run.a, run.net(0, time=True)
@@ -931,7 +996,7 @@ def plan(run, needs_denoiser):
             torch.zeros(1, dtype=torch.long, device=run.device))
     rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
-    prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser * a.denoiser_steps)
+    prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
     prior = 0 if a.prior else prior
     calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
     f = sum(3 * a.pairs * a.updates + (a.updates - a.warmup) * a.batch * (
@@ -1016,58 +1081,82 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
     print(f'\n{text}\n\n{run.out}/grid.png\n{run.out}/curves.png')
 
 
-def main(a):
-    """Trains the priors, then each method with each seed, and reports. Errors: ValueError."""
-    began = time.monotonic()
-    if a.restore:
-        return restore_pictures(a)
-    run = Setup(a)
-    needs_denoiser = any('denoise' in (METHODS[m].label or '') for m in a.method)
-    needs_gan, gan = any('cyclegan' in m for m in a.method), None
-    plan(run, needs_denoiser)
-    if a.dry_run:
-        return
+@contextlib.contextmanager
+def locked(out):
+    """Holds the output folder for this process; the system lets go when it ends, however it ends.
+    Errors: another process holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / 'lock', 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ValueError(f'--out {out}: another process is at work there') from e
+        yield
+
+
+def needs_denoiser(a):
+    """Whether a method of this run calls D_σ."""
+    return any('denoise' in (METHODS[m].label or '') for m in a.method)
+
+
+def work(run, began):
+    """Trains the priors, then each method with each seed, and reports."""
+    a = run.a
     split = load_split(a, a.seed[0])
-    run.out.mkdir(parents=True, exist_ok=True)
     check_config(run)
     prior, seconds = train_prior(run, split.images, 'prior')
-    denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser else None
-    tests = same_size(split.test_x, a.size)
-    prior_scores = {'seconds': seconds, 'eps_loss':
-                    held_out_loss(run, prior, tests) if tests is not None else None}
+    denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser(a) else None
+    tests, truth_corr = same_size(split.test_x, a.size), None
+    prior_scores = {'eps_loss': None, 'seconds': seconds}
+    if tests is not None:
+        prior_scores['eps_loss'] = held_out_loss(run, prior, tests)
+        truth_corr = metrics.correlation(data.to_float(tests)).item()
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
         split = split if seed == a.seed[0] else load_split(a, seed)
-        score = scorer(run, split, prior)
-        if needs_gan:
+        score, models = scorer(run, split, prior), Models(prior, denoiser)
+        if any('cyclegan' in m for m in a.method):
             gan, *gan_record = train_cyclegan(run, seed, split, score)
-        models = Models(prior, denoiser, gan)
+            models = Models(prior, denoiser, gan)
         for m in a.method:
             if m == 'cyclegan':
                 f, curve, seconds = gan.to_x, *gan_record
             else:
                 f, curve, seconds = train(run, m, seed, split, models, score)
             last = {k: v for k, v in curve[-1].items() if k != 'update'}
-            methods[m][str(seed)] = {
-                **last, 'best_psnr': tests is not None and max(c['psnr'] for c in curve) or None,
-                'updates': curve[-1]['update'], 'seconds': seconds, 'curve': curve}
+            best = None if tests is None else max(c['psnr'] for c in curve)
+            methods[m][str(seed)] = {**last, 'best_psnr': best, 'updates': curve[-1]['update'],
+                                     'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
                 rows[m] = [data.to_bytes(u) for u in reconstruct(run, f, split.test_y[:10])[0]]
-    truth_corr = None
     if tests is not None:
-        rows['truth'], truth_corr = split.test_x, metrics.correlation(data.to_float(tests)).item()
+        rows['truth'] = split.test_x
     report(run, methods, prior_scores, began, rows, truth_corr)
+
+
+def main(a):
+    """What the command line asks for. Errors: ValueError and OSError, to be told in one line."""
+    began = time.monotonic()
+    if a.restore:
+        return restore_pictures(a)
+    run = Setup(a)
+    plan(run)
+    if not a.dry_run:
+        with locked(run.out):
+            work(run, began)
 
 
 if __name__ == '__main__':
     args = parse()
     load_libraries()
+    signal.signal(signal.SIGINT, Stop.handler)
+    signal.signal(signal.SIGTERM, Stop.handler)
     try:
         main(args)
     except (ValueError, OSError) as error:
-        print(f'sud2.py: error: {error}', file=sys.stderr)
+        print(f'sud2.py: error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit('\nstopped; the same command goes on from the last checkpoint')
+        sys.exit(f'\nstopped; this goes on: python {shlex.join(sys.argv)}')
 else:
     load_libraries()

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Tests: closed forms and independent paths, never the same formula typed twice."""
 
+import io
 import json
 import math
 import os
+import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -504,6 +509,192 @@ def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses()
         assert_close(p.grad, e)
 
 
+# --------------------------------------------------------- dehazing, own folders, restoring
+def picture(path, size=(24, 20), seed=0, mode='RGB', **how):
+    """Writes a random picture of width x height and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    channels = {'L': (), 'RGB': (3,), 'RGBA': (4,)}[mode]
+    pixels = rng.integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **how)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A user's own data: two pairs, measurements, clean images, two whole test images."""
+    root = tmp_path / 'own'
+    for k in range(2):
+        for part in ('paired/x', 'paired/y', 'test/x', 'test/y'):
+            picture(root / part / f'{k}.png', (21 + 9 * k, 33), seed=k)
+    for k in range(4):
+        picture(root / 'measurements' / f'm{k}.png', seed=10 + k)
+        picture(root / 'images' / f'c{k}.jpg', seed=20 + k)
+    return root
+
+
+def test_scenes_are_reproducible_and_haze_follows_its_formula():
+    x, y = data.draw_scenes(12, 32, seed=3)
+    more, _ = data.draw_scenes(260, 32, seed=3)
+    assert torch.equal(x, more[:12]) and not torch.equal(x, data.draw_scenes(12, 32, seed=4)[0])
+    assert len({u.numpy().tobytes() for u in x}) == 12
+    contrast = [u.float().flatten(1).std(1).mean() for u in (x, y)]
+    assert contrast[1] < 0.85 * contrast[0]
+    J, d, A = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4), torch.rand(2, 3, 1, 1)
+    beta = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
+    hazy = data.haze(J, d, beta, A)
+    assert_close(hazy[0], J[0])
+    t = math.exp(-2 * d[1, 0, 3, 1])
+    assert_close(hazy[1, 2, 3, 1], J[1, 2, 3, 1] * t + A[1, 2, 0, 0] * (1 - t))
+    p = data.scene_parameters(torch.Generator().manual_seed(0))
+    depth = data.paint_scenes(p, 32)[1]
+    assert (depth[:, :, 0].mean() > 2 * depth[:, :, -1].mean()) and depth.min() > 0
+
+
+def test_dehaze_runs_in_grey_and_has_no_hole(tmp_path):
+    sud2.main(tiny(tmp_path, '--task', 'dehaze', '--channels', '1'))
+    s = json.loads((tmp_path / 'metrics.json').read_text())['methods']['sud2']['0']
+    assert s['psnr'] > 0 and s['psnr_hole'] is None and s['psnr_visible'] is None
+    assert weights(tmp_path / 'sud2-s0.pt')['head.weight'].shape[0] == 1
+    assert 'in the hole' not in (tmp_path / 'table.md').read_text()
+
+
+@pytest.mark.parametrize('layout', ['O-HAZE', 'SOTS indoor', 'SOTS outdoor'])
+def test_haze_folders_are_split_by_scene(tmp_path, layout):
+    names = {'O-HAZE': ('hazy/{:02d}_outdoor_hazy.JPG', 'GT/{:02d}_outdoor_GT.jpg', 1),
+             'SOTS indoor': ('indoor/hazy/{}_{}.png', 'indoor/gt/{}.png', 3),
+             'SOTS outdoor': ('outdoor/hazy/{:04d}_0.8_0.{}.jpg', 'outdoor/clear/{:04d}.png', 2)}
+    hazy, clear, views = names[layout]
+    for k in range(1, 9):
+        picture(tmp_path / clear.format(k), (44 + k, 36), seed=k)
+        for v in range(views):                      # the ground truth may have a border more
+            picture(tmp_path / hazy.format(k, v + 1), (42 + k, 34), seed=k)
+    split = data.haze_folders(tmp_path, 16, 2, 2, 2, 2, seed=0)
+    assert [x.shape for x in split.test_x] == [y.shape for y in split.test_y]
+    assert len(split.test_x) == 2 and len(split.pairs_x) == 8
+    assert split.images.shape[1:] == (3, 16, 16)
+    sizes = dict(size=16, pairs=2, measurements=2, clean=2, test=2)
+    tests = [y.shape for y in data.haze_folders(tmp_path, **sizes, seed=1).test_y]
+    assert tests == [y.shape for y in split.test_y], 'the test scenes are the same for every seed'
+    with pytest.raises(ValueError, match='8 scenes are too few'):
+        data.haze_folders(tmp_path, 16, 5, 9, 9, 9, seed=0)
+    with pytest.raises(ValueError, match='no folder hazy'):
+        data.haze_folders(tmp_path / 'nothing', 16, 1, 1, 1, 1, seed=0)
+
+
+def test_crops_and_pairs_stay_aligned(tmp_path):
+    x = torch.arange(40 * 50).view(1, 40, 50).remainder(251).byte().expand(3, -1, -1)
+    a, b = data.crops([(x, 255 - x)] * 3, 16, np.random.default_rng(0))
+    assert a.shape == (18, 3, 16, 16) and torch.equal(a, 255 - b)
+    picture(tmp_path / 'x.png', (40, 30))
+    with Image.open(tmp_path / 'x.png') as image:
+        image.crop((2, 1, 38, 29)).save(tmp_path / 'y.png')
+    u, v = data.read_pair(tmp_path / 'x.png', tmp_path / 'y.png', 16)
+    assert torch.equal(u, v) and u.shape == (3, 28, 36)
+    assert data.read_whole(tmp_path / 'x.png', 16, short_side=20).shape == (3, 20, 27)
+
+
+def test_custom_folders_train_score_and_restore(folders, tmp_path):
+    """Any sizes go in; what comes out has the input's name, size and alpha, and nothing is lost."""
+    run, out = tmp_path / 'run', tmp_path / 'out'
+    sud2.main(tiny(run, '--task', 'custom', '--data', str(folders)))
+    s = json.loads((run / 'metrics.json').read_text())['methods']['sud2']['0']
+    assert s['psnr'] > 0 and s['ssim'] > 0 and (run / 'grid.png').exists()
+    inputs = tmp_path / 'in'
+    picture(inputs / 'deep' / 'a b é.png', (31, 17), mode='RGBA')
+    picture(inputs / 'grey.webp', (16, 40), mode='L')
+    picture(inputs / 'one.png', (1, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # lies on its side
+    picture(inputs / 'turned.jpg', (30, 18), exif=exif)
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(inputs / 'sixteen.png')
+    (inputs / 'broken.png').write_bytes(b'no picture')
+    ask = ['--restore', str(inputs), '--checkpoint', str(run / 'sud2-s0.pt'), '--out']
+    with pytest.raises(ValueError, match=r'1 of 6 not restored: .*broken.png'):
+        sud2.main(sud2.parse([*ask, str(out)]))
+    sizes = {'deep/a b é.png': (31, 17), 'grey.webp': (16, 40), 'one.png': (1, 1),
+             'turned.jpg': (18, 30), 'sixteen.png': (20, 20)}
+    for name, size in sizes.items():
+        with Image.open(out / name) as image:
+            assert image.size == size
+    alphas = [Image.open(d / 'deep/a b é.png').getchannel('A').tobytes() for d in (inputs, out)]
+    assert alphas[0] == alphas[1]
+    before = (inputs / 'one.png').read_bytes()
+    with pytest.raises(ValueError, match='6 of 6 not restored: .*another --out'):
+        sud2.main(sud2.parse([*ask, str(inputs)]))
+    assert (inputs / 'one.png').read_bytes() == before
+    with pytest.raises(ValueError, match='prior.pt: made with kind prior'):
+        sud2.main(sud2.parse([*ask[:3], str(run / 'prior.pt'), '--out', str(out)]))
+
+
+def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_path):
+    shutil.rmtree(folders / 'test')
+    sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1'))
+    s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['sud2']['0']
+    assert s['psnr'] is None and s['best_psnr'] is None and s['corr_output'] is not None
+    assert (tmp_path / 'run/grid.png').exists() and (tmp_path / 'run/curves.png').exists()
+
+
+def broken_folders(folders, case):
+    """Spoils the user's folders in one way."""
+    if case == 'sizes':
+        picture(folders / 'paired/y/0.png', (64, 64))
+    elif case == 'no y':
+        (folders / 'paired/y/1.png').unlink()
+    elif case == 'broken':
+        (folders / 'measurements/m2.png').write_bytes(b'x')
+    elif case == 'mixed':
+        picture(folders / 'images/c1.jpg', mode='L')
+    elif case == 'small':
+        picture(folders / 'measurements/m0.png', (1, 1))
+    elif case == 'huge':
+        Image.new('1', (20000, 20000)).save(folders / 'images/c9.png')
+    elif case == 'none':
+        shutil.rmtree(folders / 'paired')
+
+
+@pytest.mark.parametrize('case, message', [
+    ('sizes', 'paired/y/0.png: 64 x 64'), ('no y', 'paired/x/1.png: has no partner'),
+    ('broken', 'm2.png: not a readable image'), ('mixed', 'c1.jpg: grey'),
+    ('small', 'm0.png: 1 x 1 is less'), ('huge', 'c9.png: .*400000000 pixels'),
+    ('none', 'paired/x: no such folder')])
+def test_custom_folders_name_what_is_wrong(folders, tmp_path, case, message):
+    broken_folders(folders, case)
+    with pytest.raises(ValueError, match=message):
+        sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders)))
+
+
+def test_tiles_of_a_large_image_leave_no_seams():
+    """With the identity for f, tiles fade into one another to give the image back."""
+    class Identity(torch.nn.Module):
+        factor = 4
+
+        def forward(self, y):
+            assert y.shape[2] % 4 == 0 and y.shape[3] % 4 == 0 and max(y.shape) <= 64
+            return y
+    run = sud2.Setup(sud2.parse(['--precision', 'fp32']))
+    y = 2 * torch.rand(1, 3, 150, 99) - 1
+    assert_close(sud2.whole(run, Identity(), y, tile=64, overlap=16), y)
+
+
+def test_a_foreign_diffusion_model_supervises_f(tmp_path):
+    """The README's five lines, with a small diffusers network of random weights."""
+    diffusers = pytest.importorskip('diffusers')
+    unet = diffusers.UNet2DModel(16, 3, 3, block_out_channels=(32, 32), layers_per_block=1,
+                                 down_block_types=('DownBlock2D',) * 2,
+                                 up_block_types=('UpBlock2D',) * 2).requires_grad_(False)
+    calls = []
+
+    def prior(x_t, t):
+        calls.append(t)
+        return unet(x_t, t).sample
+
+    run = sud2.Setup(tiny(tmp_path))
+    split = sud2.load_split(run.a, seed=0)
+    f, _, _ = sud2.train(run, 'sud2', 0, split, sud2.Models(prior), lambda f: {})
+    assert calls and sud2.reconstruct(run, f, split.test_y)[0].shape == split.test_y.shape
+
+
 # --------------------------------------------------------- training
 def weights(path, part='f'):
     return torch.load(path, weights_only=True)['parts'][part]
@@ -594,34 +785,37 @@ def test_a_flag_that_differs_is_named(finished):
         sud2.main(tiny(finished, '--lam1', '0.3'))
 
 
-@pytest.mark.parametrize('part', ['prior', 'denoiser', 'sud2-s0'])
+def same_weights(a, b, name):
+    """Whether what two finished runs keep under a name is equal bit for bit."""
+    ours, theirs = (torch.load(d / name, weights_only=True)['parts'] for d in (a, b))
+    part = next(k for k in ('f', 'gan', 'ema') if k in ours)
+    return all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
+
+
+@pytest.mark.parametrize('part', [
+    'prior', 'denoiser', 'sud-te-s0', 'sud-mt-s0', 'sud2-s0', 'sud2-kl-s0', 'cyclegan-s0'])
 def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
     """Cut off after two steps of one part, repeated: the same weights, bit for bit."""
 
     class Cut(Exception):
         pass
 
-    original = sud2.fit
+    original, method = sud2.fit, part.removesuffix('-s0') if '-s0' in part else 'sud'
 
-    def cut(path, parts, update, steps, log, keep, about):
+    def cut(run, name, parts, update, *more):
         def cut_update(step):
-            if step == 2 and path.stem == part:
+            if step == 2 and name == part:
                 raise Cut
             return update(step)
-
-        return original(
-            path, parts, cut_update, steps, log, keep, about, every=-1
-        )  # save each step
+        return original(run, name, parts, cut_update, *more)
 
     monkeypatch.setattr(sud2, 'fit', cut)
-    flags = tiny(tmp_path, '--method', 'sud', 'sud2')
+    flags = tiny(tmp_path, '--method', method, '--save-every', '0')
     with pytest.raises(Cut):
         sud2.main(flags)
     monkeypatch.setattr(sud2, 'fit', original)
     sud2.main(flags)
-    for m in ('sud', 'sud2'):
-        ours, theirs = weights(tmp_path / f'{m}-s0.pt'), weights(finished / f'{m}-s0.pt')
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert same_weights(tmp_path, finished, f'{method}-s0.pt')
 
 
 def test_another_runs_prior_serves(finished, tmp_path):
@@ -1011,3 +1205,154 @@ def test_equation_index():
         assert where == 'test only' or any(where == w for w in tags.values())
     for test in re.findall(r'`(test_\w+)`', readme):
         assert test in globals(), f'README names {test}, which is not there'
+
+
+# --------------------------------------------------------- what can go wrong
+def start(*flags, **how):
+    """Starts the program in a process of its own."""
+    return subprocess.Popen([sys.executable, HERE / 'sud2.py', *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def wait_for(condition, seconds=60):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_stopping_saves_and_says_how_to_go_on(tmp_path, number):
+    flags = [*TINY, '--prior-steps', '100000', '--out', tmp_path]
+    p = start(*flags)
+    wait_for((tmp_path / 'config.json').exists)
+    time.sleep(1.5)
+    p.send_signal(number)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 1 and err.strip().startswith('stopped; this goes on: python')
+    saved = torch.load(tmp_path / 'prior.pt', weights_only=True)
+    assert saved['step'] > 0 and 'opt' in saved['parts']
+
+
+def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
+    flags = [*TINY, '--out', tmp_path]
+    first = start(*flags, '--prior-steps', '100000')
+    wait_for((tmp_path / 'config.json').exists)
+    second = start(*flags, '--prior-steps', '100000')
+    assert second.communicate(timeout=60)[1].endswith('another process is at work there\n')
+    assert second.returncode == 2
+    first.kill()
+    first.communicate()
+    (tmp_path / 'config.json').unlink()
+    third = start(*flags)
+    assert third.communicate(timeout=120)[1] == '' and third.returncode == 0
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    """Files may not grow past 30 KB, as if the disk were full; what was there stays."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    p = start(*TINY, '--out', tmp_path, preexec_fn=limit)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 2 and len(err.splitlines()) == 1 and 'prior.pt' in err
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    original, calls = sud2.paired_loss, []
+
+    def breaks(x_hat, x):
+        calls.append(1)
+        return original(x_hat, x) * (math.nan if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(sud2, 'paired_loss', breaks)
+    with pytest.raises(ValueError, match='supervised-s0: the loss is not finite after 4 updates'):
+        sud2.main(tiny(tmp_path, '--method', 'supervised', '--save-every', '0'))
+    saved = torch.load(tmp_path / 'supervised-s0.pt', weights_only=True)
+    assert saved['step'] == 3
+    assert all(v.isfinite().all() for v in saved['parts']['f'].values())
+
+
+def test_a_torn_log_line_is_left_behind(tmp_path):
+    (tmp_path / 'log.jsonl').write_text('{"part": "prior", "st')
+    sud2.main(tiny(tmp_path, '--method', 'supervised'))
+    lines = (tmp_path / 'log.jsonl').read_text().splitlines()
+    assert lines[0] == '{"part": "prior", "st' and all(json.loads(line) for line in lines[1:])
+
+
+def test_changed_data_is_noticed(folders, tmp_path):
+    flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders))
+    sud2.main(flags)
+    picture(folders / 'images' / 'new.png')
+    with pytest.raises(ValueError, match='not the files that this run began with'):
+        sud2.main(flags)
+
+
+def test_fuzzed_command_lines(capsys):
+    """Exit code 2 and one line of error, or a namespace: never anything else."""
+    rng = random.Random(0)
+    flags = re.findall(r'--[a-z0-9-]+', sud2.command_line().format_help())
+    flags = sorted(set(flags) - {'--help'})
+    words = ['-1', '0', '1', '3', '16', '1e9', 'nan', 'inf', '', 'x', 'all', 'sud2', 'cyclegan',
+             'dehaze', 'é', '--', '0.5', '1e-3', '../..', '\n', '999', '1000']
+    for _ in range(500):
+        line = [w for _ in range(rng.randint(1, 5))
+                for w in [rng.choice(flags), *rng.choices(words, k=rng.randint(0, 2))]]
+        try:
+            a = sud2.parse(line)
+            assert a.size >= 16 and a.method
+        except SystemExit as e:
+            assert e.code == 2, line
+            error = capsys.readouterr().err.strip().splitlines()
+            assert error[-1].startswith(('sud2.py: error:', 'pytest', '__main__')) or \
+                ': error: ' in error[-1], (line, error)
+
+
+def test_fuzzed_images(tmp_path):
+    """Truncated, flipped and odd images are read or refused by name, quickly."""
+    rng, good = random.Random(0), []
+    for mode, ending in [('RGB', 'png'), ('RGB', 'jpg'), ('RGB', 'webp'), ('L', 'png'),
+                         ('P', 'png'), ('1', 'png'), ('CMYK', 'jpg'), ('RGBA', 'png'), ('I;16', 'png'),
+                         ('RGB', 'tiff'), ('F', 'tiff'), ('LA', 'png'), ('RGB', 'bmp')]:
+        picture_of = Image.new(mode, (19, 23), 1)
+        buffer = io.BytesIO()
+        picture_of.save(buffer, {'jpg': 'jpeg'}.get(ending, ending))
+        good.append((ending, buffer.getvalue()))
+    buffer = io.BytesIO()
+    frames = [Image.new('RGB', (8, 8), (k, 0, 0)) for k in range(3)]
+    frames[0].save(buffer, 'png', save_all=True, append_images=frames[1:])
+    good.append(('png', buffer.getvalue()))
+    for k in range(500):
+        ending, content = rng.choice(good)
+        content = bytearray(content)
+        for _ in range(rng.randint(0, 3)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        content = content[:rng.choice([0, rng.randrange(len(content)), len(content)])]
+        path = tmp_path / f'{k}.{rng.choice([ending, "png", "jpg"])}'
+        path.write_bytes(content)
+        began = time.monotonic()
+        try:
+            assert data.open_image(path, 'RGB').mode == 'RGB'
+        except ValueError as e:
+            assert str(path) in str(e)
+        assert time.monotonic() - began < 10
+
+
+def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
+    """A flipped or cut checkpoint or config is refused by name, or works: no other exception."""
+    rng = random.Random(0)
+    names = ['supervised-s0.pt', 'prior.pt', 'config.json']
+    about = {'supervised-s0.pt': {'kind': 'reconstructor'}, 'prior.pt': {'kind': 'prior'}}
+    for k in range(200):
+        name = names[k % 3]
+        content = bytearray((finished / name).read_bytes())
+        for _ in range(rng.randint(1, 4)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        end = rng.choice([len(content), rng.randrange(len(content))])
+        (tmp_path / name).write_bytes(content[:end])
+        try:
+            if name == 'config.json':
+                sud2.check_config(sud2.Setup(tiny(tmp_path)))
+            else:
+                sud2.load(tmp_path / name, about[name])
+        except ValueError as e:
+            assert name in str(e) or str(e).startswith('--'), e
