@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+# ruff: noqa: E501
+"""Mutation test: changes one token of the code at a time and runs the tests, which must fail.
+
+    python benchmarks/mutate.py [FIRST [LAST]]
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+# file, the code, what becomes of it
+MUTATIONS = [
+    ('ddpm.py', 'torch.linspace(beta_start, beta_end, T', 'torch.linspace(beta_end, beta_start, T'),
+    ('ddpm.py', '(1 - betas).cumprod(0)', '(1 - betas).cumsum(0)'),
+    ('ddpm.py', 'torch.where(t < 0, 1.0, acp', 'torch.where(t < 0, 0.99, acp'),
+    ('ddpm.py', 'return a.sqrt() * x + (1 - a).sqrt() * eps', 'return a.sqrt() * x + (1 - a) * eps'),
+    ('ddpm.py', 'return a.sqrt() * x + (1 - a)', 'return a * x + (1 - a)'),
+    ('ddpm.py', 'acp), t).float() - eps).square()', 'acp), t).float() - x).square()'),
+    ('ddpm.py', '(x_t - (1 - a).sqrt() * eps_hat) / a.sqrt()', '(x_t - (1 - a).sqrt() * eps_hat) / a'),
+    ('ddpm.py', '(x_t - (1 - a).sqrt() * eps_hat)', '(x_t + (1 - a).sqrt() * eps_hat)'),
+    ('ddpm.py', 'x0_hat.clamp(-1, 1) if clip', 'x0_hat.clamp(-1, 1) if not clip'),
+    ('ddpm.py', '(steps - k) / steps) - 1', '(steps - k) / steps)'),
+    ('ddpm.py', 'round((t_start + 1) *', 'round(t_start *'),
+    ('ddpm.py', 't_start, device=x.device)', 't_start - 1, device=x.device)'),
+    ('ddpm.py', 'times[1:] + [-1]', 'times[1:] + [0]'),
+    ('ddpm.py', 'eps_hat = (x_t - a_t.sqrt()', 'eps_hat = (x_t - a_s.sqrt()'),
+    ('ddpm.py', 'x0_hat) / (1 - a_t).sqrt()', 'x0_hat) / (1 - a_t)'),
+    ('ddpm.py', '(1 - a_t / a_s) * (1 - a_s) / (1 - a_t)).sqrt()', '(1 - a_t / a_s) * (1 - a_s) / (1 - a_t))'),
+    ('ddpm.py', '(1 - a_t / a_s) * (1 - a_s)', '(1 - a_s / a_t) * (1 - a_s)'),
+    ('ddpm.py', 'std = eta * ', 'std = '),
+    ('ddpm.py', '(1 - a_s - std.square())', '(1 - a_s + std.square())'),
+    ('ddpm.py', 'a_s.sqrt() * x0_hat + (1', 'a_t.sqrt() * x0_hat + (1'),
+    ('ddpm.py', 'if eta > 0 and then >= 0:', 'if eta > 0:'),
+    ('ddpm.py', 'x_t + std * noise_like', 'x_t - 2 * std * noise_like'),
+    ('ddpm.py', 'denoiser(x + sigma * noise_like', 'denoiser(x + noise_like'),
+    ('ddpm.py', 'generator)).float() - x).square()', 'generator)).float() - x).abs()'),
+    ('ddpm.py', 'parameters()), 1 - decay)', 'parameters()), decay)'),
+    ('metrics.py', 'data_range ** 2 / mse', 'data_range / mse'),
+    ('metrics.py', '10 * torch.log10', '20 * torch.log10'),
+    ('metrics.py', '(error.flatten(1) * m).sum(1) / m.sum(1)', '(error.flatten(1) * m).mean(1)'),
+    ('metrics.py', '(2 * sigma ** 2)', '(sigma ** 2)'),
+    ('metrics.py', '0.01 * data_range', '0.02 * data_range'),
+    ('metrics.py', '0.03 * data_range', '0.03'),
+    ('metrics.py', 'product - mu_a * mu_b', 'product'),
+    ('metrics.py', 'squares - mu_a * mu_a - mu_b', 'squares - mu_a * mu_a + mu_b'),
+    ('metrics.py', 'mu_a, mu_b = mu_a + m, mu_b + m', 'mu_a, mu_b = mu_a, mu_b + m'),
+    ('metrics.py', '- 2 * root)', '- root)'),
+    ('metrics.py', 'math.sqrt(len(f) - 1)', 'math.sqrt(len(f))'),
+    ('metrics.py', '(a.mean(0) - b.mean(0)).square()', '(a.mean(0) - b.mean(0)).abs()'),
+    ('metrics.py', 'f - f.mean(0)) /', 'f) /'),
+    ('metrics.py', '(r.sum() - r.diagonal().sum())', '(r.sum())'),
+    ('metrics.py', 'v = v - v.mean(1, keepdim=True)', 'v = v - v.mean(0, keepdim=True)'),
+    ('metrics.py', '.sum(1, keepdim=True).sqrt() + 1e-10', '.sum(1, keepdim=True) + 1e-10'),
+    ('metrics.py', 'if k in (3, 6):', 'if k in (3, 8):'),
+    ('metrics.py', '(a - b).square(), w)', '(a - b).abs(), w)'),
+    ('sud2.py', 'return (x - x_hat).square().mean()', 'return (x - x_hat).abs().mean()'),
+    ('sud2.py', '(x_hat - label.detach()).square()', '(x_hat - label).square()'),
+    ('sud2.py', 'return metrics.correlation(z, form)', 'return -metrics.correlation(z, form)'),
+    ('sud2.py', 'paired + lam1 * denoiser + lam2 * reg', 'paired + lam2 * denoiser + lam1 * reg'),
+    ('sud2.py', 'nu = a.sigma * ddpm', 'nu = a.sigma ** 2 * ddpm'),
+    ('sud2.py', "if kind == 'noise, denoise' else 0", "if kind != 'noise, denoise' else 0"),
+    ('sud2.py', 'models.denoiser(x_hat + nu)', 'models.denoiser(x_hat - nu)'),
+    ('sud2.py', 'return x_hat - (D_f - D_x)', 'return x_hat + (D_f - D_x)'),
+    ('sud2.py', 'return x_hat - (D_f - D_x)', 'return x_hat - D_f'),
+    ('sud2.py', '(eps_f - eps).square().mean()', '(eps_f - x_t).square().mean()'),
+    ('sud2.py', "    'sud2': Method('R∘F', reg=True)", "    'sud2': Method('R∘F')"),
+    ('sud2.py', 'lam1 > 0 or lam2 > 0) and step >=', 'lam1 > 0 or lam2 > 0) or step >='),
+    ('sud2.py', 'min(1 - 1 / (step + 1), .999)', 'min(1 / (step + 1), .999)'),
+    ('sud2.py', 'torch.lerp(x_hat.float(), self.Z[index], self.alpha)',
+     'torch.lerp(self.Z[index], x_hat.float(), self.alpha)'),
+    ('sud2.py', '(1 - self.alpha ** self.visits[index])', '(1 - self.alpha)'),
+    ('sud2.py', 'math.exp(-5 * (1 - min', 'math.exp(5 * (1 - min'),
+    ('sud2.py', "(s['psnr'] - low) / (high - low)", "(s['psnr'] - low) / high"),
+    ('sud2.py', 'x.flip(-1), x)', 'x.flip(-2), x)'),
+    ('sud2.py', 'return both.chunk(2, 1)', 'return both.chunk(2, 1)[::-1]'),
+    ('cyclegan.py', 'cycle * (l1_loss(gan.to_y(fake_x), y)', 'cycle * (l1_loss(gan.to_y(fake_x), x)'),
+    ('cyclegan.py', 'identity * (l1_loss(gan.to_x(x), x)', 'identity * (l1_loss(gan.to_x(y), x)'),
+    ('cyclegan.py', 'gan_loss(gan.real_x(fake_x), True)', 'gan_loss(gan.real_x(fake_x), False)'),
+    ('cyclegan.py', 'return .5 * (gan_loss(net(real), True)', 'return (gan_loss(net(real), True)'),
+    ('cyclegan.py', 'image, pool[k] = pool[k], image', 'pool[k] = image'),
+    ('data.py', 'torch.where(hole, 128, x)', 'torch.where(hole, x, 128)'),
+    ('data.py', 'x * t + airlight * (1 - t)', 'x * t + airlight'),
+    ('data.py', 'degraded(validation or test, 2 if validation', 'degraded(validation or test, 0 if validation'),
+    ('data.py', 'y[:pairs], y[pairs:], x[pairs:], images', 'y[:pairs], y, x, images'),
+    ('data.py', "h.stem.split('_')[0] == name", "h.stem.split('_')[0] != name"),
+    ('data.py', '[u[:, i:i + size, j:j + size] for u in group]', '[u[:, i:i + size, i:i + size] for u in group]'),
+]
+SLOW = 'help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs'
+
+
+def killer(name, old, new):
+    """Runs the tests on a mutated copy -> the first test that failed, or None."""
+    with tempfile.TemporaryDirectory() as work:
+        copy = Path(work) / 'sud2'
+        shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns('.git', 'runs', '__pycache__'))
+        text = (copy / name).read_text()
+        assert old in text, (name, old)
+        (copy / name).write_text(text.replace(old, new, 1))
+        out = subprocess.run(
+            [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k',
+             f'not ({SLOW})'], cwd=copy, capture_output=True, text=True,
+            env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}).stdout
+        failed = re.search(r'^(?:FAILED|ERROR) \S+::(\S+)', out, re.MULTILINE)
+        return failed and failed[1]
+
+
+def main(first=0, last=len(MUTATIONS)):
+    survivors = 0
+    for k, (name, old, new) in list(enumerate(MUTATIONS))[first:last]:
+        test = killer(name, old, new)
+        survivors += test is None
+        print(f'{k:2d} {name}: {old!r} -> {new!r}: {test or "SURVIVED"}', flush=True)
+    print(f'{last - first - survivors} of {last - first} killed')
+
+
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))
