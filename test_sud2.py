@@ -1312,7 +1312,8 @@ def test_fuzzed_images(tmp_path):
     rng, good = random.Random(0), []
     for mode, ending in [('RGB', 'png'), ('RGB', 'jpg'), ('RGB', 'webp'), ('L', 'png'),
                          ('P', 'png'), ('1', 'png'), ('CMYK', 'jpg'), ('RGBA', 'png'),
-                         ('I;16', 'png'), ('RGB', 'tiff'), ('F', 'tiff'), ('LA', 'png'), ('RGB', 'bmp')]:
+                         ('I;16', 'png'), ('RGB', 'tiff'), ('F', 'tiff'), ('LA', 'png'),
+                         ('RGB', 'bmp')]:
         picture_of = Image.new(mode, (19, 23), 1)
         buffer = io.BytesIO()
         picture_of.save(buffer, {'jpg': 'jpeg'}.get(ending, ending))
