@@ -417,10 +417,10 @@ def train(run, method, seed, split, models, score):
                 'corr': metrics.correlation(x_hat.detach())}
 
     def update(step):
-        P = draw_batch(paired, len(split.pairs_x), a.batch)
-        if len(split.pairs_x) <= a.batch:                          # few pairs: all of them
-            P = (torch.arange(len(split.pairs_x)), P[1][:len(split.pairs_x)])
-        x, y = (batch_of(u, *P, run.device) for u in (split.pairs_x, split.pairs_y))
+        index, flip = draw_batch(paired, len(split.pairs_x), a.batch)
+        if len(split.pairs_x) <= a.batch:                           # few pairs: all, several times
+            index = torch.arange(a.batch) % len(split.pairs_x)
+        x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
         x, y = shifted(x, y, a.shift, paired)                       # Dev. 5
         with run.amp():
             x_hat = f(y)
@@ -853,7 +853,7 @@ def command_line():
     g.add_argument('--updates', type=count, default=400, help='updates of f')
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
-                   help='measurements, and at most pairs, an update')
+                   help='pairs, and measurements, an update')
     g.add_argument('--lr', type=real, default=4e-4, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
@@ -999,7 +999,7 @@ def plan(run):
     prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
     prior = 0 if a.prior else prior
     calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
-    f = sum(3 * a.pairs * a.updates + (a.updates - a.warmup) * a.batch * (
+    f = sum(3 * a.batch * a.updates + (a.updates - a.warmup) * a.batch * (
         (3 + calls.get(METHODS[m].label, 1)) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))

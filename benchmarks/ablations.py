@@ -1,14 +1,14 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Ablations, resumable, on one shared prior -> results/NAME.json and assets/NAME.png.
+"""Ablations on a finished run's priors, resumable -> results/ablations.json, assets/NAME.png.
 
-    python benchmarks/ablations.py frontier --prior runs/inpaint
+    python benchmarks/ablations.py --prior runs/inpaint [NAME ...]
 
 Every setting is a run of sud2.py with the flags below; what is done is not done again.
 """
-
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,68 +16,59 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sud2  # noqa: E402
 
-# name -> {line in the plot: [flags of each setting]}; the x axis is the last flag's value
+# name -> (x axis, {line: [flags of each setting, the x value last]})
 ABLATIONS = {
-    'frontier': {
-        m: [['--method', m, '--lam1', str(v)] for v in (0.03, 0.1, 0.3, 1)]
-        for m in ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl')
-    },
-    'lam2': {
-        form: [['--method', 'sud2', '--reg', form, '--lam2', str(v)] for v in (0, 0.03, 0.1, 0.3)]
-        for form in ('signed', 'abs', 'square')
-    },
-    'noise': {
-        f'{k} steps': [
-            ['--method', 'sud2', '--r-steps', str(k), '--t-start', str(t)]
-            for t in (50, 100, 200, 300)
-        ]
-        for k in (1, 4, 10)
-    },
-    'pairs': {
-        m: [['--method', m, '--pairs', str(n)] for n in (1, 5, 20, 100)]
-        for m in ('supervised', 'sud2', 'sud2-kl')
-    },
+    'frontier': ('FD-prior', {m: [['--method', m, '--lam1', v] for v in ('0.2', '0.7', '2')]
+                              for m in ('sud+reg+noise', 'sud2', 'sud2-kl')}),
+    'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v]
+                            for v in ('0', '0.02', '0.1')]
+                     for form in ('signed', 'abs', 'square')}),
+    'noise': ('t_start', {f'{k} steps, eta {eta}': [
+        ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t] for t in ('80', '200')]
+        for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
+    'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
+                        for m in ('supervised', 'sud2', 'sud2-kl')}),
+    'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
+                                          for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
 }
 
 
+def run(flags, a):
+    """Scores of one setting; the run's own lines go nowhere."""
+    out = Path(a.out) / '_'.join(f.strip('-') for f in flags).replace('+', '-')
+    line = [*flags, '--prior', a.prior, '--out', str(out), '--points', '4', *a.more]
+    with open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet):
+        sud2.main(sud2.parse(line))
+    (seeds,) = json.loads((out / 'metrics.json').read_text())['methods'].values()
+    print(' '.join(flags), *(f'{k} {seeds["0"][k]:.3f}' for k in ('psnr', 'psnr_hole', 'fd_prior')),
+          flush=True)
+    return seeds['0']
+
+
 def main():
-    p = argparse.ArgumentParser(description='Runs an ablation of sud2.', allow_abbrev=False)
-    p.add_argument('name', choices=ABLATIONS)
-    p.add_argument(
-        '--prior', required=True, metavar='DIR', help='a finished run whose priors serve'
-    )
-    p.add_argument('--seed', nargs='+', default=['0'])
+    p = argparse.ArgumentParser(description='Runs ablations of sud2.', allow_abbrev=False)
+    p.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ABLATIONS)}; or all')
+    p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
-    a, more = p.parse_known_args()
-    result = {}
-    for line, settings in ABLATIONS[a.name].items():
-        for flags in settings:
-            out = Path(a.out) / '_'.join(flags[1::2])
-            sud2.main(
-                sud2.parse(
-                    [*flags, '--seed', *a.seed, '--prior', a.prior, '--out', str(out), *more]
-                )
-            )
-            (method,) = json.loads((out / 'metrics.json').read_text())['methods'].items()
-            result.setdefault(line, []).append({'flags': flags, 'seeds': method[1]})
-    (ROOT / 'results' / f'{a.name}.json').write_text(json.dumps(result, indent=1) + '\n')
+    a, a.more = p.parse_known_args()
+    path = ROOT / 'results' / 'ablations.json'
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in a.names or ABLATIONS:
+        x_axis, lines = ABLATIONS[name]
+        points = {line: [{'flags': flags, **run(flags, a)} for flags in settings]
+                  for line, settings in lines.items()}
+        results[name] = {line: [{k: v for k, v in s.items() if k != 'curve'} for s in runs]
+                         for line, runs in points.items()}
+        path.write_text(json.dumps(results, indent=1) + '\n')
 
-    def series(x, key):
-        """Per line and seed, the points (x(run, its scores), scores[key]) of the last update."""
-        return {
-            line: [[(x(r, r['seeds'][s]), r['seeds'][s][key]) for r in runs] for s in a.seed]
-            for line, runs in result.items()
-        }
-
-    if a.name == 'frontier':
-        points = series(lambda r, scores: scores['fd_prior'], 'psnr')
-        panels = [('PSNR against FD-prior, lam1 along a line', 'FD-prior', 'dB', points)]
-    else:
-        panels = [
-            (title, a.name, unit, series(lambda r, scores: float(r['flags'][-1]), key))
-            for title, unit, key in (('PSNR', 'dB', 'psnr'), ('FD-prior', '', 'fd_prior'))
-        ]
-    sud2.plot(panels, ROOT / 'assets' / f'{a.name}.png')
+        def series(key, x=lambda s: float(s['flags'][-1]), points=points):
+            return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
+        panels = [('PSNR on the test images', x_axis, 'dB', series('psnr')),
+                  ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
+        if name == 'frontier':
+            panels = [('PSNR against FD-prior; along a line lam1 is 0.2, 0.7, 2', x_axis, 'dB',
+                       series('psnr', lambda s: s['fd_prior']))]
+        sud2.plot(panels, ROOT / 'assets' / f'{name}.png')
 
 
 if __name__ == '__main__':
