@@ -20,7 +20,7 @@ def sizes(size):
     """(width, blocks, layers) for images of size x size: the original's from 256 on."""
     if size >= 256:
         return 64, 9, 3
-    return (64, 6, 3) if size >= 128 else (48, 4, 2)
+    return (64, 6, 3) if size >= 128 else (32, 4, 2)
 
 
 class Residual(nn.Module):

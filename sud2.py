@@ -250,6 +250,7 @@ def save(path, value):
     try:
         torch.save(value, f'{path}.tmp')
     except RuntimeError as e:                           # torch's word for a full disk
+        Path(f'{path}.tmp').unlink(missing_ok=True)
         raise OSError(f'{path}: cannot be written, is the disk full?') from e
     os.replace(f'{path}.tmp', path)
 
@@ -807,21 +808,50 @@ class Positive:
         return value
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wide help with defaults, with N for a whole number and X for another."""
+
+    def __init__(self, prog):
+        super().__init__(prog, width=100, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action):
+        return 'N' if getattr(action.type, 'kind', None) is int else 'X'
+
+    def _get_help_string(self, action):
+        default = action.default if isinstance(action.default, list) else [action.default]
+        shown = ' '.join(map(str, default))
+        hidden = shown in ('None', 'False', argparse.SUPPRESS)
+        return action.help if hidden else f'{action.help} ({shown})'
+
+
 def command_line():
     """The flags: what to run, the method with the paper's symbols, optimisation, the run."""
-    count, zero = Positive(int), Positive(int, zero=True)
-    real, weight = Positive(float), Positive(float, zero=True)
     p = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False, formatter_class=Formatter, usage='python sud2.py [flags]',
         description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
-                    'images and one of clean images, supervised by a diffusion model.')
+                    'images\nand one of clean images, supervised by a diffusion model. Defaults in '
+                    'brackets.',
+        epilog='examples:\n'
+               '  python sud2.py --task inpaint --quick\n'
+               '  python sud2.py --task dehaze --method all --seed 0 1 2\n'
+               '  python sud2.py --task custom --data own --size 64\n'
+               '  python sud2.py --restore photos --checkpoint runs/custom/sud2-kl-s0.pt --out new')
+    count, zero, real, weight = (Positive(kind, zero=z) for kind in (int, float) for z in (0, 1))
+    flags_of_the_data(p, count, zero)
+    flags_of_the_method(p, count, zero, real, weight)
+    flags_of_the_run(p, weight)
+    return p
+
+
+def flags_of_the_data(p, count, zero):
     g = p.add_argument_group('what to run')
     g.add_argument('--task', choices=['inpaint', 'dehaze', 'custom'], default='inpaint',
                    help='what is undone')
     g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; O-HAZE, I-HAZE or SOTS; '
                    'your own folders. Without it, drawn images')
     g.add_argument('--images', metavar='DIR', help='more clean images for U_x')
-    g.add_argument('--method', nargs='+', default=['supervised', 'sud2'], choices=[*METHODS, 'all'],
+    g.add_argument('--method', nargs='+', default=['supervised', 'sud2', 'sud2-kl'],
+                   choices=[*METHODS, 'all'],
                    metavar='NAME', help=f"one or several of {', '.join(METHODS)}; or all")
     g.add_argument('--seed', nargs='+', type=zero, default=[0], metavar='N',
                    help='pairs, initial weights and noise; several give mean ± std')
@@ -837,12 +867,15 @@ def command_line():
     g.add_argument('--validation', type=zero, default=0, metavar='N',
                    help='score on N other images, to choose hyper-parameters; 0: the test images')
     g.add_argument('--quick', action='store_true', help='a first picture in a minute: tiny sizes')
+
+
+def flags_of_the_method(p, count, zero, real, weight):
     g = p.add_argument_group('method')
     g.add_argument('--t-start', type=zero, default=80, help='F noises to this step, 0 .. 999')
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
     g.add_argument('--lam1', type=weight, default=0.7, help='λ1, weight of L_denoiser')
-    g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
+    g.add_argument('--lam2', type=weight, default=0.04, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.5, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    help='form of L_reg')
@@ -854,34 +887,36 @@ def command_line():
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
                    help='pairs, and measurements, an update')
-    g.add_argument('--lr', type=real, default=4e-4, help='learning rate of f')
+    g.add_argument('--lr', type=real, default=7e-4, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=3e-3, help='their learning rate')
-    g.add_argument('--gan-steps', type=count, default=2000, help='training steps of CycleGAN')
+    g.add_argument('--gan-steps', type=count, default=1000, help='training steps of CycleGAN')
     g.add_argument('--gan-batch', type=count, default=8, help='its batch')
     g.add_argument('--width', type=count, default=64,
                    help='channels of the networks, a multiple of 16')
     g.add_argument('--save-every', type=weight, default=30.0, metavar='SECONDS',
                    help='time between checkpoints')
     g.add_argument('--points', type=count, default=8, help='scores taken along the way')
+
+
+def flags_of_the_run(p, weight):
     g = p.add_argument_group('run')
-    g.add_argument('--out', metavar='DIR', help='output folder (default: runs/TASK)')
+    g.add_argument('--out', metavar='DIR', help='output folder; without it runs/TASK')
     g.add_argument('--prior', metavar='DIR', help="use another run's prior.pt and denoiser.pt")
     g.add_argument('--lpips-weights', nargs='+', metavar='FILE',
                    help="AlexNet's and LPIPS' weight files, or the word download")
     g.add_argument('--fid-weights', metavar='FILE',
                    help='an Inception network as TorchScript, for FID on its features')
-    g.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+    g.add_argument('--device', default='auto', metavar='NAME', help='auto, cpu, cuda, ...')
     g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
                    help='of the convolutions; auto takes the faster')
     g.add_argument('--restore', nargs='+', metavar='PATH',
                    help='apply a trained network to pictures and folders of them')
     g.add_argument('--checkpoint', metavar='FILE', help='the network for --restore')
     g.add_argument('--dry-run', action='store_true', help='print the plan and stop')
-    return p
 
 
 def parse(argv=None):

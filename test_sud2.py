@@ -31,38 +31,10 @@ from unet import UNet
 
 HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
-TINY = [
-    '--size',
-    '16',
-    '--pairs',
-    '2',
-    '--measurements',
-    '8',
-    '--clean',
-    '16',
-    '--test',
-    '12',
-    '--width',
-    '16',
-    '--batch',
-    '4',
-    '--prior-batch',
-    '4',
-    '--prior-steps',
-    '3',
-    '--denoiser-steps',
-    '3',
-    '--updates',
-    '6',
-    '--warmup',
-    '2',
-    '--points',
-    '2',
-    '--gan-steps',
-    '6',
-    '--gan-batch',
-    '2',
-]
+TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', '--test', '12',
+        '--width', '16', '--batch', '4', '--prior-batch', '4', '--prior-steps', '3',
+        '--denoiser-steps', '3', '--updates', '6', '--warmup', '2', '--points', '2', '--gan-steps',
+        '6', '--gan-batch', '2']
 
 
 def tiny(out, *flags):
@@ -185,10 +157,8 @@ def test_strided_times():
 
 @pytest.mark.parametrize(
     'eta, expected',
-    [
-        (1.0, [-8e-06, 0.166013, -0.088045, 0.132595, -0.011563]),
-        (0.5, [-1.0, 0.085793, -0.04566, 0.115796, 1.0]),
-    ],
+    [(1.0, [-8e-06, 0.166013, -0.088045, 0.132595, -0.011563]),
+     (0.5, [-1.0, 0.085793, -0.04566, 0.115796, 1.0])],
 )
 def test_r_agrees_with_the_standard_scheduler(monkeypatch, eta, expected):
     """diffusers 0.42's DDIMScheduler, 10 steps, 'trailing', clipped, the same network and noise."""
@@ -247,11 +217,8 @@ def test_ema_update():
 # --------------------------------------------------------- the paper's statements
 def test_theorem_3_1_gradient_3_is_that_of_the_cross_entropy():
     """(3) = 2 σ² x (7), where (5) is taken by autograd from the mixture's exact density."""
-    mixture, sigma, n = (
-        Mixture([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]], [0.2, 0.5, 0.3], 0.3),
-        0.4,
-        64,
-    )
+    mixture, sigma, n = (Mixture([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]], [0.2, 0.5, 0.3], 0.3), 0.4,
+                         64)
     f = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     f.requires_grad_()
     loss = (
@@ -274,14 +241,12 @@ def descend_on_mixture(lam2, steps=400):
     """32 outputs in 8 dimensions, free to move, under (2) and L_reg on themselves as latents."""
     means = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).tolist()
     mixture = Mixture(means, [0.25] * 4, 0.3)
-    f = torch.randn(
-        32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    ).requires_grad_()
+    f = torch.randn(32, 8, dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(2)).requires_grad_()
     opt = torch.optim.Adam([f], lr=0.03)
     for _ in range(steps):
-        loss = sud2.total_loss(
-            0, sud2.denoiser_loss(f, mixture.mmse(f, 2.0)), sud2.reg_loss(f), 1.0, lam2
-        )
+        loss = sud2.total_loss(0, sud2.denoiser_loss(f, mixture.mmse(f, 2.0)), sud2.reg_loss(f),
+                               1.0, lam2)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -306,10 +271,8 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     denoiser = torch.nn.Conv2d(3, 3, 1)
     a = sud2.parse(['--sigma', '0.5'])
     for kind in ('denoise', 'noise, denoise'):
-        label = sud2.pseudo_label(
-            kind, x_hat, None, None, sud2.Models(None, denoiser), a, ACP,
-            torch.Generator().manual_seed(0)
-        )
+        label = sud2.pseudo_label(kind, x_hat, None, None, sud2.Models(None, denoiser), a, ACP,
+                                  torch.Generator().manual_seed(0))
         nu = 0.5 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         expected = denoiser(x_hat + nu if kind.startswith('noise') else x_hat).detach()
         assert_close(label, expected)
@@ -320,8 +283,7 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     assert_close(gradient, 2 * (x_hat - tracked).detach() / x_hat.numel())
     assert (
         torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), denoiser.weight, allow_unused=True)[
-            0
-        ]
+            0]
         is None
     )
 
@@ -334,8 +296,7 @@ def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     f = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64, requires_grad=True)
     r = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     p_f = (-(r[:, None] - f).square() / (2 * sigma**2)).exp().mean(1) / (
-        2 * math.pi * sigma**2
-    ).sqrt()
+        2 * math.pi * sigma**2).sqrt()
     log_p_x = data_x.log_p(r[:, None], sigma)
     (exact,) = torch.autograd.grad((p_f * (p_f.log() - log_p_x)).sum() * (r[1] - r[0]), f)
     outputs = Mixture(f.detach()[:, None].tolist(), [1 / 3] * 3, 0.0)  # D^f, when ideal
@@ -343,9 +304,8 @@ def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     for i in range(3):
         x_hat = f.detach()[i].expand(200000, 1)
         label, _ = sud2.entropy_label(x_hat, data_x.eps, outputs.eps, a, ACP, g)
-        assert_close(
-            (x_hat - label).mean().item(), (3 * sigma**2 * exact[i]).item(), atol=0.01, rtol=0
-        )
+        assert_close((x_hat - label).mean().item(), (3 * sigma**2 * exact[i]).item(), atol=0.01,
+                     rtol=0)
 
 
 def test_sud2_kl_reaches_mean_and_variance_where_2_reaches_the_mode():
@@ -363,9 +323,8 @@ def test_sud2_kl_reaches_mean_and_variance_where_2_reaches_the_mode():
                 label, _ = sud2.entropy_label(x_hat, prior.eps, outputs.eps, flags, ACP, g)
             else:
                 ideal = 0.3 + 0.25 / (0.25 + 0.04) * (x_hat - 0.3)  # D_σ for σ = 0.2
-                label = sud2.pseudo_label(
-                    kind, x_hat, None, None, sud2.Models(None, lambda r, d=ideal: d), flags, ACP, g
-                )
+                label = sud2.pseudo_label(kind, x_hat, None, None,
+                                          sud2.Models(None, lambda r, d=ideal: d), flags, ACP, g)
             opt.zero_grad()
             sud2.denoiser_loss(x_hat, label).backward()
             opt.step()
@@ -726,15 +685,8 @@ def test_run_writes_everything(finished):
         )
         assert all(
             math.isfinite(s[k])
-            for k in (
-                'psnr',
-                'psnr_hole',
-                'psnr_visible',
-                'ssim',
-                'fd_prior',
-                'corr_latent',
-                'corr_output',
-            )
+            for k in ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_latent',
+                      'corr_output')
         )
     assert m['peak_mib'] > 0 and m['prior']['eps_loss'] > 0
     rows = (finished / 'table.md').read_text().splitlines()
@@ -749,8 +701,7 @@ def test_every_method_ends_elsewhere(finished):
 
 @pytest.mark.parametrize('flags', [('--lam1', '0', '--lam2', '0'), ('--warmup', '6')])
 def test_without_lambdas_or_still_warming_up_it_is_supervised_bit_for_bit(
-    finished, tmp_path, flags
-):
+    finished, tmp_path, flags):
     """Same initial weights, same pairs, same order: all that differs is the unpaired losses."""
     sud2.main(tiny(tmp_path, '--method', 'sud2', *flags))
     ours, theirs = weights(tmp_path / 'sud2-s0.pt'), weights(finished / 'supervised-s0.pt')
@@ -831,6 +782,18 @@ def test_another_runs_prior_serves(finished, tmp_path):
         sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--width', '32'))
 
 
+def test_checkpoints_of_another_task_or_version_are_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match='prior.pt: made with task inpaint, this run has dehaze'):
+        sud2.main(tiny(tmp_path / 'a', '--task', 'dehaze', '--prior', str(finished)))
+    saved = torch.load(finished / 'sud2-s0.pt', weights_only=True) | {'version': 0}
+    torch.save(saved, tmp_path / 'old.pt')
+    ask = ['--restore', str(tmp_path), '--out', str(tmp_path / 'out'), '--checkpoint']
+    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 1'),
+                       ('none.pt', 'none.pt: not there, damaged, or not a checkpoint')):
+        with pytest.raises(ValueError, match=said):
+            sud2.main(sud2.parse([*ask, str(tmp_path / file)]))
+
+
 @pytest.mark.parametrize('keep', [0, 100, 5000])
 def test_a_damaged_checkpoint_is_named(finished, tmp_path, keep):
     sud2.main(tiny(tmp_path, '--method', 'supervised', '--prior', str(finished)))
@@ -851,11 +814,8 @@ def test_learning_rate_and_batches():
 
 
 def test_gap_closed_is_measured_from_the_best_supervised_value():
-    methods = {
-        'supervised': {'0': {'psnr': 18.0, 'best_psnr': 20.0}},
-        'sud2': {'0': {'psnr': 21.0}},
-        'oracle': {'0': {'psnr': 24.0}},
-    }
+    methods = {'supervised': {'0': {'psnr': 18.0, 'best_psnr': 20.0}},
+               'sud2': {'0': {'psnr': 21.0}}, 'oracle': {'0': {'psnr': 24.0}}}
     sud2.gap_closed(methods)
     assert methods['sud2']['0']['gap'] == 0.25 and methods['oracle']['0']['gap'] == 1
 
@@ -866,14 +826,12 @@ def test_psnr_closed_form_mask_and_equal_images():
     y = x.clone()
     y[1, :, :6] += 0.5
     assert metrics.psnr(y, x, data_range=2)[0] == math.inf
-    assert_close(
-        metrics.psnr(y, x, data_range=2)[1].item(), 10 * math.log10(4 / 0.125), rtol=1e-6, atol=0
-    )
+    assert_close(metrics.psnr(y, x, data_range=2)[1].item(), 10 * math.log10(4 / 0.125), rtol=1e-6,
+                 atol=0)
     mask = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
     mask[:, :, :6] = True
-    assert_close(
-        metrics.psnr(y, x, data_range=1, mask=mask)[1].item(), 10 * math.log10(4), rtol=1e-6, atol=0
-    )
+    assert_close(metrics.psnr(y, x, data_range=1, mask=mask)[1].item(), 10 * math.log10(4),
+                 rtol=1e-6, atol=0)
     assert metrics.psnr(y, x, data_range=1, mask=~mask)[1] == math.inf
 
 
@@ -884,12 +842,8 @@ def test_ssim_of_constants_and_scale():
     assert_close(metrics.ssim(x, y, data_range=1).item(), expected, atol=1e-5, rtol=0)
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(40, 3, 16, 20, generator=g), torch.rand(40, 3, 16, 20, generator=g)
-    assert_close(
-        metrics.ssim(x, y, data_range=1),
-        metrics.ssim(255 * x, 255 * y, data_range=255),
-        atol=1e-5,
-        rtol=0,
-    )
+    assert_close(metrics.ssim(x, y, data_range=1), metrics.ssim(255 * x, 255 * y, data_range=255),
+                 atol=1e-5, rtol=0)
     assert_close(metrics.ssim(x, x, data_range=1), torch.ones(40))
     assert metrics.ssim(x, y, data_range=1).shape == (40,)
     with pytest.raises(ValueError, match='11 x 11'):
@@ -927,14 +881,12 @@ def test_frechet_distance_closed_forms():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(500, 8, generator=g)
     shift = torch.arange(8.0)
-    assert_close(
-        metrics.frechet_distance(a, a + shift), shift.square().sum().item(), rtol=1e-5, atol=0
-    )
+    assert_close(metrics.frechet_distance(a, a + shift), shift.square().sum().item(), rtol=1e-5,
+                 atol=0)
     # covariances C and 4 C, one mean: Tr(C + 4 C - 2 * 2 C) = Tr C
     c = a - a.mean(0)
-    assert_close(
-        metrics.frechet_distance(c, 2 * c), c.double().var(0).sum().item(), rtol=1e-5, atol=0
-    )
+    assert_close(metrics.frechet_distance(c, 2 * c), c.double().var(0).sum().item(), rtol=1e-5,
+                 atol=0)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -1042,9 +994,8 @@ def test_embedded_split_is_disjoint_and_keeps_images_and_test_over_seeds():
     assert torch.equal(a.pairs_y, c.pairs_y) and not torch.equal(a.test_x, c.test_x)
     everything = torch.cat([a.pairs_x, a.measurements_x, a.images, a.test_x, c.test_x]).flatten(1)
     assert len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
-    assert torch.equal(
-        a.measurements[a.measurements != 128], a.measurements_x[a.measurements != 128]
-    )
+    assert torch.equal(a.measurements[a.measurements != 128],
+                       a.measurements_x[a.measurements != 128])
 
 
 def test_bytes_and_floats():
@@ -1074,9 +1025,8 @@ def celeba(tmp_path):
 
 
 def test_celeba_layout(celeba):
-    s = data.celeba_mask_hq(
-        celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0, validation=1
-    )
+    s = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0,
+                            validation=1)
     greys = torch.cat([s.pairs_x, s.measurements_x, s.images, s.test_x])[:, 0, 0, 0]
     assert len(greys.unique()) == 2 + 3 + 1 + 1, 'no image may stand on two sides'
     tested = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0)
@@ -1112,20 +1062,15 @@ def test_celeba_errors(celeba, tmp_path):
 # --------------------------------------------------------- command line
 @pytest.mark.parametrize(
     'flags, said',
-    [
-        (['--task', 'paint'], "invalid choice: 'paint'"),
-        (['--method', 'sud9'], "invalid choice: 'sud9'"),
-        (['--pairs', '0'], '--pairs: must be a whole number above 0'),
-        (['--measurements', '-3'], '--measurements: must be'),
-        (['--lr', 'nan'], '--lr: must be a number above 0'),
-        (['--size', '34'], '--size 34: must divide by 4'),
-        (['--size', '4'], '--size 4: must be from 16'),
-        (['--t-start', '1000'], '--t-start 1000'),
-        (['--r-steps', '500'], '--r-steps 500'),
-        (['--width', '20'], '--width 20'),
-        (['--meth', 'sud'], 'unrecognized arguments'),
-        (['--images', 'x'], '--images: needs --data'),
-    ],
+    [(['--task', 'paint'], "invalid choice: 'paint'"),
+     (['--method', 'sud9'], "invalid choice: 'sud9'"),
+     (['--pairs', '0'], '--pairs: must be a whole number above 0'),
+     (['--measurements', '-3'], '--measurements: must be'),
+     (['--lr', 'nan'], '--lr: must be a number above 0'),
+     (['--size', '34'], '--size 34: must divide by 4'),
+     (['--size', '4'], '--size 4: must be from 16'), (['--t-start', '1000'], '--t-start 1000'),
+     (['--r-steps', '500'], '--r-steps 500'), (['--width', '20'], '--width 20'),
+     (['--meth', 'sud'], 'unrecognized arguments'), (['--images', 'x'], '--images: needs --data')],
 )
 def test_bad_flags(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
@@ -1135,12 +1080,8 @@ def test_bad_flags(capsys, flags, said):
 
 
 def command(*flags, cwd=HERE):
-    return subprocess.run(
-        [sys.executable, HERE / 'sud2.py', *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
+    return subprocess.run([sys.executable, HERE / 'sud2.py', *map(str, flags)], capture_output=True,
+                          text=True, cwd=cwd)
 
 
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path):
@@ -1150,17 +1091,13 @@ def test_bad_data_is_one_line_and_exit_code_2(tmp_path):
 
 def test_help_answers_before_torch_is_imported(tmp_path):
     (tmp_path / 'torch.py').write_text('raise SystemExit("imported torch")')
-    r = subprocess.run(
-        [sys.executable, HERE / 'sud2.py', '--help'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
-    )
+    r = subprocess.run([sys.executable, HERE / 'sud2.py', '--help'], capture_output=True, text=True,
+                       env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert r.returncode == 0 and '--method' in r.stdout
 
 
 # --------------------------------------------------------- the files themselves
-LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py']
+LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py', 'cyclegan.py']
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
