@@ -111,7 +111,7 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
     drift of what is right already. Outputs (B, C, H, W), a scalar.
     """
     x_hat = x_hat.detach()
-    t = torch.randint(*a.kl_range, (len(x_hat),), generator=g, device=x_hat.device)
+    t = draw_times(*a.kl_range, len(x_hat), g, x_hat.device)
     eps = ddpm.noise_like(x_hat, g)
     x_t = ddpm.add_noise(x_hat, t, eps, acp)
     eps_f = fake(x_t, t).float()
@@ -149,6 +149,71 @@ def draw_batch(g, n, size):
     return torch.randint(n, (size,), generator=g), torch.rand(size, generator=g) < .5
 
 
+class Group:
+    """The processes that torchrun started. All draw the same random numbers, those of the whole
+    batch, and keep their part: N processes compute what one does."""
+    rank, world = 0, 1
+
+    @classmethod
+    def join(cls, device):
+        """-> this process's device. Gradients are averaged as they arrive, see `spread`."""
+        cls.rank, cls.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        noise_like, pooled = ddpm.noise_like, cyclegan.pooled
+        ddpm.noise_like = lambda x, generator=None: cls.own(
+            noise_like(x.new_empty(len(x) * cls.world, *x.shape[1:]), generator))
+        cyclegan.pooled = lambda pool, images, generator: cls.own(
+            pooled(pool, cls.gather(images.detach()), generator))
+        local = int(os.environ['LOCAL_RANK'])
+        return torch.device('cuda', local) if device.type == 'cuda' else device
+
+    @classmethod
+    def own(cls, x):
+        """This process's part of a whole batch's x (B, ...) -> (B / world, ...)."""
+        return x[cls.rank::cls.world]
+
+    @classmethod
+    def spread(cls, net):
+        """Makes backward() average the gradients of net over the processes."""
+        def average(p):
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= cls.world
+        for p in net.parameters() if cls.world > 1 else ():
+            p.register_post_accumulate_grad_hook(average)
+        return net
+
+    @classmethod
+    def gather(cls, x):
+        """The whole batch's x (B, ...) from the processes' parts; gradients flow back."""
+        if cls.world == 1:
+            return x
+        parts = torch.distributed.nn.functional.all_gather(x.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @classmethod
+    def mean(cls, numbers):
+        """A dict of scalar tensors, averaged over the processes."""
+        if cls.world == 1:
+            return numbers
+        total = torch.stack([v.float() for v in numbers.values()])
+        torch.distributed.all_reduce(total)
+        return dict(zip(numbers, total / cls.world))
+
+    @classmethod
+    def any(cls, flag):
+        """Whether the flag is set in any process."""
+        if cls.world == 1:
+            return flag
+        flags = [None] * cls.world
+        torch.distributed.all_gather_object(flags, flag)
+        return any(flags)
+
+
+def draw_times(low, high, n, g, device):
+    """n random times t, low <= t < high, of this process."""
+    return Group.own(torch.randint(low, high, (n * Group.world,), generator=g, device=device))
+
+
 def learning_rate(step, steps, warmup=50):
     """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
     return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
@@ -175,10 +240,11 @@ def fit(run, name, parts, update, steps, keep, about):
     began = last_save = last_line = time.monotonic()
     for step in range(start, steps):
         with Stop.postponed():                          # a state is saved between two updates only
-            numbers = update(step)
+            numbers = Group.mean(update(step))
         now, done = time.monotonic(), step == steps - 1
+        stop = Group.any(Stop.asked)
         speak = now - last_line > 5 or done
-        write = now - last_save > run.a.save_every or done or Stop.asked
+        write = now - last_save > run.a.save_every or done or stop
         if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
             raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
                              f'{path} keeps the last good state; try a lower learning rate')
@@ -190,7 +256,7 @@ def fit(run, name, parts, update, steps, keep, about):
             save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began,
                         'parts': {name: snapshot(parts[name]) for name in names}})
             last_save = time.monotonic()
-        if Stop.asked:
+        if stop:
             raise KeyboardInterrupt
     return seconds + time.monotonic() - began
 
@@ -247,6 +313,8 @@ def load(path, about):
 
 def save(path, value):
     """Writes a checkpoint under a temporary name, then renames it: never half a file."""
+    if Group.rank:                                      # one process writes
+        return
     try:
         torch.save(value, f'{path}.tmp')
     except RuntimeError as e:                           # torch's word for a full disk
@@ -271,6 +339,12 @@ class Setup:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f'--device {args.device}: not to be had here') from e
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1 and Group.world == 1:
+            self.device = Group.join(self.device)
+        for flag in ('batch', 'prior_batch', 'gan_batch'):
+            if getattr(args, flag) % Group.world:
+                raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must divide '
+                                 f'by the number of processes, {Group.world}')
         self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
         self.acp = ddpm.alphas_cumprod().to(self.device)
         self.mults = multipliers(args.size)
@@ -289,6 +363,8 @@ class Setup:
     def log(self, part):
         """-> a function that prints a progress line and appends it to log.jsonl."""
         def line(step, steps, rate, numbers):
+            if Group.rank:
+                return
             numbers = {k: float(v) for k, v in numbers.items()}
             text = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
             left = (steps - step) / rate
@@ -328,7 +404,7 @@ def train_prior(run, images, which):
     The weights returned are averaged over the steps (EMA). With --prior they are another run's.
     """
     a, diffusion = run.a, which == 'prior'
-    net = run.net(0, time=diffusion, residual=not diffusion)
+    net = Group.spread(run.net(0, time=diffusion, residual=not diffusion))
     ema = copy.deepcopy(net).requires_grad_(False)
     if a.prior:
         saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
@@ -339,10 +415,11 @@ def train_prior(run, images, which):
     steps = a.prior_steps if diffusion else a.denoiser_steps
 
     def update(step):
-        x = batch_of(images, *draw_batch(draws, len(images), a.prior_batch), run.device)
+        batch = map(Group.own, draw_batch(draws, len(images), a.prior_batch))
+        x = batch_of(images, *batch, run.device)
         with run.amp():
             if diffusion:
-                t = torch.randint(len(run.acp), (len(x),), generator=noise, device=run.device)
+                t = draw_times(0, len(run.acp), len(x), noise, run.device)
                 loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
             else:
                 loss = ddpm.denoiser_loss(net, x, a.sigma, noise)
@@ -383,14 +460,14 @@ def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, (label, source, reg) = run.a, METHODS[method]
     lam1, lam2 = (1.0 if label in ('truth', 'CycleGAN') else a.lam1), (a.lam2 if reg else 0.0)
-    f = run.net(seed, residual=True)                                # Dev. 6
+    f = Group.spread(run.net(seed, residual=True))                  # Dev. 6
     opt = optimiser(f, a.lr)
     paired, unpaired, noise = generators(100 * seed, run.device)
     curve = []
     parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
              'curve': curve}
     if label == 'entropy':
-        fake = copy.deepcopy(models.prior).requires_grad_()
+        fake = Group.spread(copy.deepcopy(models.prior).requires_grad_())
         fake_opt = optimiser(fake, a.kl_lr)
         parts |= {'fake': fake, 'fake_opt': fake_opt}
     if source == 'ensemble':
@@ -400,29 +477,33 @@ def train(run, method, seed, split, models, score):
         teacher = parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
 
     def unpaired_losses():
-        index, flip = draw_batch(unpaired, len(split.measurements), a.batch)
+        batch = draw_batch(unpaired, len(split.measurements), a.batch)
+        index, flip = map(Group.own, batch)
         y_u = batch_of(split.measurements, index, flip, run.device)
         x_u = batch_of(split.measurements_x, index, flip, run.device) if label == 'truth' else None
         with run.amp():
             x_hat, z = f(y_u, latent=True)
             start = teacher(y_u) if source == 'teacher' else x_hat.detach()
             if source == 'ensemble':
-                start = mirrored(ensemble.update(index, mirrored(start, flip)), flip)
+                everyone = ensemble.update(batch[0], Group.gather(mirrored(start, flip)))
+                start = mirrored(Group.own(everyone), flip)
             if label == 'entropy':
                 target, fake_loss = entropy_label(start, models.prior, fake, a, run.acp, noise)
             else:
                 target = pseudo_label(label, start, y_u, x_u, models, a, run.acp, noise)
         if label == 'entropy':
             descend(fake_loss, fake, fake_opt, a.kl_lr)
-        return {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(z, a.reg),
+        return {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
                 'corr': metrics.correlation(x_hat.detach())}
 
     def update(step):
         index, flip = draw_batch(paired, len(split.pairs_x), a.batch)
-        if len(split.pairs_x) <= a.batch:                           # few pairs: all, several times
-            index = torch.arange(a.batch) % len(split.pairs_x)
+        if len(split.pairs_x) <= a.batch:                           # few pairs: all of them
+            index, flip = torch.arange(len(split.pairs_x)), flip[:len(split.pairs_x)]
         x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
         x, y = shifted(x, y, a.shift, paired)                       # Dev. 5
+        if len(split.pairs_x) > a.batch:                            # few go to every process
+            x, y = Group.own(x), Group.own(y)
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
@@ -453,12 +534,14 @@ def train_cyclegan(run, seed, split, score):
     a, curve = run.a, []
     torch.manual_seed(seed)
     gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size))
-    gan = gan.to(run.device, memory_format=torch.channels_last)
+    if a.gan_batch > Group.world:   # torch's InstanceNorm is wrong backwards on one such image
+        gan = gan.to(memory_format=torch.channels_last)
+    gan = Group.spread(gan.to(run.device))
     opt_G, opt_D = cyclegan.optimisers(gan)
     draws, _, _ = generators(100 * seed, run.device)
 
     def update(step):
-        y, x = (batch_of(u, *draw_batch(draws, len(u), a.gan_batch), run.device)
+        y, x = (batch_of(u, *map(Group.own, draw_batch(draws, len(u), a.gan_batch)), run.device)
                 for u in (split.measurements, split.images))
         for opt in (opt_G, opt_D):
             opt.param_groups[0]['lr'] = 2e-4 * cyclegan.linear_decay(step, a.gan_steps)
@@ -501,12 +584,13 @@ def reconstruct(run, f, y, batch=64):
     if isinstance(y, list):
         z = reconstruct(run, f, same_size(y, run.a.size))[1]
         return [whole(run, f, data.to_float(u[None]))[0] for u in y], z
-    out = []
+    n, out = len(y), []
+    y = Group.own(torch.cat([y, y[:-n % Group.world]]))             # equal parts
     for chunk in y.split(batch):
         with torch.no_grad(), run.amp():
             out.append(f(data.to_float(chunk.to(run.device)), latent=True))
-    x_hat, z = zip(*out)
-    return torch.cat(x_hat).clamp(-1, 1).float().cpu(), torch.cat(z).float().cpu()
+    x_hat, z = (Group.gather(torch.cat(part).float())[:n].cpu() for part in zip(*out))
+    return x_hat.clamp(-1, 1), z
 
 
 def whole(run, f, y, tile=512, overlap=64):
@@ -875,7 +959,7 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
     g.add_argument('--lam1', type=weight, default=0.7, help='λ1, weight of L_denoiser')
-    g.add_argument('--lam2', type=weight, default=0.04, help='λ2, weight of L_reg')
+    g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.5, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    help='form of L_reg')
@@ -886,8 +970,8 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--updates', type=count, default=400, help='updates of f')
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
-                   help='pairs, and measurements, an update')
-    g.add_argument('--lr', type=real, default=7e-4, help='learning rate of f')
+                   help='measurements, and at most pairs, an update')
+    g.add_argument('--lr', type=real, default=4e-4, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
@@ -999,6 +1083,8 @@ def check_config(run):
     differ."""
     path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
     config['files'] = fingerprint([run.a.data, run.a.images])
+    if Group.rank:
+        return config
     if path.exists():
         try:
             there = json.loads(path.read_bytes())
@@ -1034,7 +1120,7 @@ def plan(run):
     prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
     prior = 0 if a.prior else prior
     calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
-    f = sum(3 * a.batch * a.updates + (a.updates - a.warmup) * a.batch * (
+    f = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
         (3 + calls.get(METHODS[m].label, 1)) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
@@ -1121,6 +1207,9 @@ def locked(out):
     """Holds the output folder for this process; the system lets go when it ends, however it ends.
     Errors: another process holds it."""
     out.mkdir(parents=True, exist_ok=True)
+    if Group.rank:                                      # the first process holds it for all
+        yield
+        return
     with open(out / 'lock', 'w') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1166,7 +1255,8 @@ def work(run, began):
                 rows[m] = [data.to_bytes(u) for u in reconstruct(run, f, split.test_y[:10])[0]]
     if tests is not None:
         rows['truth'] = split.test_x
-    report(run, methods, prior_scores, began, rows, truth_corr)
+    if not Group.rank:
+        report(run, methods, prior_scores, began, rows, truth_corr)
 
 
 def main(a):
@@ -1175,7 +1265,8 @@ def main(a):
     if a.restore:
         return restore_pictures(a)
     run = Setup(a)
-    plan(run)
+    if not Group.rank:
+        plan(run)
     if not a.dry_run:
         with locked(run.out):
             work(run, began)

@@ -1294,3 +1294,57 @@ def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
                 sud2.load(tmp_path / name, about[name])
         except ValueError as e:
             assert name in str(e) or str(e).startswith('--'), e
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    """20 updates under torchrun with two processes: the same losses and weights."""
+    flags = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
+             '--gan-steps', '3', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
+             'sud-te', 'sud2', 'sud2-kl']
+    sud2.main(sud2.parse([*flags, '--out', str(tmp_path / 'one')]))
+    two = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', HERE / 'sud2.py']
+    r = subprocess.run([*two, *flags, '--out', tmp_path / 'two'], capture_output=True, text=True,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr
+    for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl-s0'):
+        ours, theirs = (torch.load(tmp_path / d / f'{name}.pt', weights_only=True)['parts']
+                        for d in ('one', 'two'))
+        part = 'f' if 'f' in ours else 'ema'
+        for k, v in ours[part].items():
+            assert_close(v, theirs[part][k], atol=2e-5, rtol=0)
+    logs = [[json.loads(line) for line in (tmp_path / d / 'log.jsonl').read_text().splitlines()]
+            for d in ('one', 'two')]
+    last = [{(v['part'], v['step']): v for v in log} for log in logs]
+    for key in last[0].keys() & last[1].keys():
+        for name, value in last[0][key].items():
+            if name not in ('part', 'corr'):        # whose mean over parts is not the whole's
+                rel = 1e-2 if 'cyclegan' in key[0] else 1e-3    # Adam enlarges vanishing gradients
+                assert value == pytest.approx(last[1][key][name], rel=rel, abs=1e-5), (key, name)
+    scores = [json.loads((tmp_path / d / 'metrics.json').read_text())['methods']['sud2']['0']
+              for d in ('one', 'two')]
+    assert scores[0]['psnr'] == pytest.approx(scores[1]['psnr'], abs=1e-3)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, finished):
+    """Cut off with one process, finished by two: the same weights up to rounding."""
+    flags = [*TINY, '--precision', 'fp32', '--method', 'sud2', '--out', tmp_path]
+    part = sud2.parse([*map(str, flags), '--save-every', '0'])
+    original = sud2.descend
+
+    def cut(loss, net, opt, lr, calls=[]):          # noqa: B006
+        calls.append(1)
+        if len(calls) > 7:
+            raise KeyboardInterrupt
+        original(loss, net, opt, lr)
+    sud2.descend = cut
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sud2.main(part)
+    finally:
+        sud2.descend = original
+    assert torch.load(tmp_path / 'sud2-s0.pt', weights_only=True)['step'] == 4
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',
+                        HERE / 'sud2.py', *flags], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    for k, v in weights(tmp_path / 'sud2-s0.pt').items():
+        assert_close(v, weights(finished / 'sud2-s0.pt')[k], atol=1e-5, rtol=0)

@@ -80,9 +80,8 @@ class UNet(nn.Module):
 
     Level i has channels * mults[i] channels at 1 / 2^(i+1) of the input's height and width (the
     stem halves once), so both must divide by 2^len(mults). With time=True it takes t (B,), long,
-    as its second argument: the noise predictor of a DDPM. With residual=True, for a reconstructor
-    or a denoiser, the output is x + sigmoid(gate) * change, with gate and change from the head: it
-    starts as the identity, and a closed gate keeps what needs no change.
+    as its second argument: the noise predictor of a DDPM. With residual=True the input is added to
+    the output: a reconstructor or a denoiser starts as the identity.
     """
 
     def __init__(self, in_channels, out_channels, channels=64, mults=(1, 2), *,
@@ -105,7 +104,7 @@ class UNet(nn.Module):
             nn.ModuleList([Block(w, dim), Block(w, dim)]) for w in widths)
         self.norm = group_norm(channels)
         self.widen = nn.Conv2d(channels, 64, 3, padding=1)              # to 16 at full resolution
-        self.head = nn.Conv2d(16 + in_channels, out_channels * (2 if residual else 1), 3, padding=1)
+        self.head = nn.Conv2d(16 + in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -138,7 +137,5 @@ class UNet(nn.Module):
                 h = block(h, emb)
         h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), 2))
         out = self.head(torch.cat([h, x.to(h.dtype)], 1)).to(x.dtype)
-        if self.residual:
-            change, gate = out.chunk(2, 1)
-            out = x + gate.sigmoid() * change
+        out = x + out if self.residual else out
         return (out, z) if latent else out
