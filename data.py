@@ -10,8 +10,12 @@ Every source is reproducible from a seed.
     >>> x.shape, hole.shape, x.dtype
     (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8)
 """
+import hashlib
 import math
+import os
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -645,12 +649,42 @@ def read_square(path, size, mode='RGB'):
     return np.array(image.resize((size, size), how, box=(left, top, left + side, top + side)))
 
 
-def read_squares(files, size):
+def cached(cache, files, shape, read):
+    """The arrays read(i), uint8 of a shape, for all i below len(files) -> tensor (N, *shape).
+
+    With `cache`, a folder, they are decoded once, by several threads, into a file that is mapped
+    into memory: later starts read nothing, and no run needs its size in memory. Its name is a hash
+    of the files' paths, sizes and times, so that what has changed is decoded again.
+    """
+    if not cache or not files:
+        return torch.from_numpy(np.stack([read(i) for i in range(len(files))])) if files else \
+            torch.empty(0, *shape, dtype=torch.uint8)
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    name = hashlib.sha256(repr((shape, stats)).encode(errors='surrogateescape')).hexdigest()[:32]
+    path = Path(cache) / f'{name}.npy'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f'.{os.getpid()}.tmp')
+        out = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(files), *shape))
+        began = last = time.monotonic()
+
+        def fill(i):
+            out[i] = read(i)
+        with ThreadPoolExecutor() as pool:
+            for n, _ in enumerate(pool.map(fill, range(len(files))), 1):
+                if time.monotonic() - last > 5 and n < len(files):
+                    last = time.monotonic()
+                    print(f'{n} of {len(files)} images decoded, '
+                          f'{(last - began) / n * (len(files) - n):.0f} s left', flush=True)
+        out.flush()
+        os.replace(part, path)
+    return torch.from_numpy(np.load(path, mmap_mode='c'))
+
+
+def read_squares(files, size, cache=None):
     """Image files -> uint8 tensor (N, 3, size, size)."""
-    out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for i, f in enumerate(files):
-        out[i] = torch.from_numpy(read_square(f, size)).permute(2, 0, 1)
-    return out
+    return cached(cache, files, (3, size, size),
+                  lambda i: read_square(files[i], size).transpose(2, 0, 1))
 
 
 FACE_PARTS = ('skin', 'nose', 'eye_g', 'l_eye', 'r_eye', 'l_brow', 'r_brow', 'mouth', 'u_lip',
@@ -667,7 +701,8 @@ def celeba_hole(root, index, size):
     return covered >= 128
 
 
-def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None, validation=0):
+def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=None, validation=0,
+                   cache=None):
     """CelebAMask-HQ in its own layout, with more clean images from a folder, as a Split.
 
     In one fixed random order of the data set: test images, `validation` ones that stand in for
@@ -693,15 +728,18 @@ def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=No
     test_ids, val_ids, clean_ids, rest = np.split(order, np.cumsum(sizes[:3]))
     rest = np.random.default_rng(1 + seed).permutation(rest)[:pairs + measurements]
 
+    def files(ids):
+        return [folder / f'{i}.jpg' for i in ids]
+
     def load(ids):
-        x = read_squares([folder / f'{i}.jpg' for i in ids], size)
-        hole = np.stack([celeba_hole(root, i, size) for i in ids])
-        return x, torch.from_numpy(hole)[:, None]
+        hole = cached(cache, [masks.get(i, folder) for i in ids], (1, size, size),
+                      lambda k: celeba_hole(root, ids[k], size)[None])
+        return read_squares(files(ids), size, cache), hole.bool()
 
     x, hole = load(rest)
     y = punch_hole(x, hole)
     test_x, test_hole = load(val_ids if validation else test_ids)
-    unpaired = read_squares([folder / f'{i}.jpg' for i in clean_ids] + more, size)
+    unpaired = read_squares(files(clean_ids) + more, size, cache)
     return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], unpaired,
                  test_x, punch_hole(test_x, test_hole), test_hole)
 

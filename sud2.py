@@ -1057,7 +1057,8 @@ def load_split(a, seed):
         split = data.haze_folders(a.data, **sizes, images=a.images, validation=a.validation,
                                   short_side=a.short_side)
     else:
-        split = data.celeba_mask_hq(a.data, **sizes, images=a.images, validation=a.validation)
+        split = data.celeba_mask_hq(a.data, **sizes, images=a.images, validation=a.validation,
+                                    cache=Path(a.out) / 'cache')
     return split.grey() if a.channels == 1 else split
 
 

@@ -1038,6 +1038,24 @@ def test_celeba_layout(celeba):
         assert (y[:, :, 12:] == (x[:, :, 12:] if abs(int(x[0, 0, 0]) - 60) < 3 else 128)).all()
 
 
+def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, capsys):
+    files = [picture(tmp_path / f'{k}.png', seed=k) for k in range(5)]
+    plain, cache = data.read_squares(files, 16), tmp_path / 'cache'
+    assert torch.equal(data.read_squares(files, 16, cache), plain)
+    (kept,) = cache.iterdir()
+    written = kept.stat().st_mtime_ns
+    assert torch.equal(data.read_squares(files, 16, cache), plain)
+    assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [written]
+    picture(files[2], seed=9)
+    again = data.read_squares(files, 16, cache)
+    assert len(list(cache.iterdir())) == 2 and not torch.equal(again[2], plain[2])
+    assert torch.equal(again[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
+    files[1].write_bytes(b'broken')
+    with pytest.raises(ValueError, match='1.png: not a readable image'):
+        data.read_squares(files, 16, cache)
+    assert len(list(cache.glob('*.npy'))) == 2, 'half a file does not count'
+
+
 def test_celeba_errors(celeba, tmp_path):
     sizes = dict(size=16, pairs=2, measurements=3, clean=1, test=3, seed=0)
     with pytest.raises(ValueError, match='not CelebAMask-HQ'):
