@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ablations on a finished run's priors, resumable -> results/ablations.json, assets/NAME.png.
+"""Ablations on a finished run's priors, resumable -> results/ablation-NAME.json, assets/NAME.png.
 
     python benchmarks/ablations.py --prior runs/inpaint [NAME ...]
 
@@ -18,18 +18,20 @@ import sud2  # noqa: E402
 
 # name -> (x axis, {line: [flags of each setting, the x value last]})
 ABLATIONS = {
+    'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
+                        for m in ('supervised', 'sud2', 'sud2-kl')}),
     'frontier': ('FD-prior', {m: [['--method', m, '--lam1', v] for v in ('0.2', '0.7', '2')]
-                              for m in ('sud+reg+noise', 'sud2', 'sud2-kl')}),
+                              for m in ('sud2', 'sud2-kl')}),
     'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v]
-                            for v in ('0', '0.02', '0.1')]
+                            for v in ('0', '0.02', '0.1') if v != '0' or form == 'signed']
                      for form in ('signed', 'abs', 'square')}),
     'noise': ('t_start', {f'{k} steps, eta {eta}': [
         ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t] for t in ('80', '200')]
         for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
-    'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
-                        for m in ('supervised', 'sud2', 'sud2-kl')}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
+    'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
+                              for m in ('sud2', 'sud2-kl')}),
 }
 
 
@@ -51,15 +53,12 @@ def main():
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
     a, a.more = p.parse_known_args()
-    path = ROOT / 'results' / 'ablations.json'
-    results = json.loads(path.read_text()) if path.exists() else {}
     for name in a.names or ABLATIONS:
         x_axis, lines = ABLATIONS[name]
         points = {line: [{'flags': flags, **run(flags, a)} for flags in settings]
                   for line, settings in lines.items()}
-        results[name] = {line: [{k: v for k, v in s.items() if k != 'curve'} for s in runs]
-                         for line, runs in points.items()}
-        path.write_text(json.dumps(results, indent=1) + '\n')
+        sud2.write_json(ROOT / 'results' / f'ablation-{name}.json', {
+            'command': 'python benchmarks/ablations.py ' + ' '.join(sys.argv[1:]), 'lines': points})
 
         def series(key, x=lambda s: float(s['flags'][-1]), points=points):
             return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
