@@ -233,36 +233,34 @@ def fit(run, name, parts, update, steps, keep, about):
         saved = load(path, about)
         start, seconds = saved['step'], saved['seconds']
         try:
-            for name, state in saved['parts'].items():
-                restore(parts[name], state)
+            for k, state in saved['parts'].items():
+                restore(parts[k], state)
         except Exception as e:          # whatever damage does to a state
             raise ValueError(f'{path}: damaged, or not a checkpoint of this run') from e
     began = last_save = last_line = time.monotonic()
-    for step in range(start, steps):
-        with Stop.postponed():                          # a state is saved between two updates only
+    with Stop.postponed():                              # to the end of an update
+        for step in range(start, steps):
             numbers = Group.mean(update(step))
-        now, done = time.monotonic(), step == steps - 1
-        stop = Group.any(Stop.asked)
-        speak = now - last_line > 5 or done
-        write = now - last_save > run.a.save_every or done or stop
-        if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
-            raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
-                             f'{path} keeps the last good state; try a lower learning rate')
-        if speak:
-            log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
-            last_line = now
-        if write:
-            names = keep if done else parts
-            save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began,
-                        'parts': {name: snapshot(parts[name]) for name in names}})
-            last_save = time.monotonic()
-        if stop:
-            raise KeyboardInterrupt
+            now, done, stop = time.monotonic(), step == steps - 1, Group.any(Stop.asked)
+            speak = now - last_line > 5 or done
+            write = now - last_save > run.a.save_every or done or stop
+            if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
+                raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
+                                 f'{path} keeps the last good state; try a lower learning rate')
+            if speak:
+                log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
+                last_line = now
+            if write:
+                save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began, 'parts':
+                            {k: snapshot(parts[k]) for k in (keep if done else parts)}})
+                last_save = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
     return seconds + time.monotonic() - began
 
 
 class Stop:
-    """Ctrl-C, or SIGTERM, waits for the update that is under way; elsewhere it acts at once."""
+    """Ctrl-C, or SIGTERM: in training it waits for the end of an update, elsewhere acts at once."""
     asked, waiting = False, False
 
     @classmethod
@@ -448,7 +446,8 @@ class Ensemble:
         return {'Z': self.Z, 'visits': self.visits}
 
     def load_state_dict(self, state):
-        self.Z, self.visits = state['Z'], state['visits']
+        self.Z.copy_(state['Z'])
+        self.visits.copy_(state['visits'])
 
 
 def ramp_up(step, length):
@@ -671,7 +670,7 @@ def download_lpips():
     return paths
 
 
-def scorer(run, split, prior):
+def scorer(run, split, prior, lpips=None, inception=None):
     """-> a function of f that gives all metrics on the test images; None where one has no meaning.
 
     fd_prior is the Fréchet distance of the DDPM's features, not the Inception network's.
@@ -680,7 +679,6 @@ def scorer(run, split, prior):
     x = [data.to_float(u) for u in split.test_x] if split.test_x is not None else None
     small_x = data.to_float(same_size(split.test_x, size)) if x else None
     features = prior_features(run, prior, small_x) if x else None
-    lpips, inception = optional_metrics(run.a)
     real = inception(colour(data.to_bytes(small_x))) if x and inception else None
 
     def mean(metric, x_hat, **more):
@@ -1226,7 +1224,7 @@ def needs_denoiser(a):
 
 def work(run, began):
     """Trains the priors, then each method with each seed, and reports."""
-    a = run.a
+    a, more = run.a, optional_metrics(run.a)
     split = load_split(a, a.seed[0])
     check_config(run)
     prior, seconds = train_prior(run, split.images, 'prior')
@@ -1239,7 +1237,7 @@ def work(run, began):
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
         split = split if seed == a.seed[0] else load_split(a, seed)
-        score, models = scorer(run, split, prior), Models(prior, denoiser)
+        score, models = scorer(run, split, prior, *more), Models(prior, denoiser)
         if any('cyclegan' in m for m in a.method):
             gan, *gan_record = train_cyclegan(run, seed, split, score)
             models = Models(prior, denoiser, gan)
