@@ -5,8 +5,9 @@ Learns measurement y <-> clean image x from unpaired images, float `(B, C, H, W)
 
     >>> gan = CycleGAN(3, *sizes(32))
     >>> y, x = torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
-    >>> train_step(gan, *optimisers(gan), y, x, torch.Generator())['cycle'] > 0
-    True
+    >>> losses = train_step(gan, *optimisers(gan), y, x, torch.Generator())
+    >>> sorted(losses), gan.to_x(y).shape[1:], sum(p.numel() for p in gan.to_x.parameters())
+    (['adversarial', 'cycle', 'discriminator', 'identity'], torch.Size([3, 32, 32]), 1374723)
 
 The losses are the paper's: least squares for the adversarial term (LSGAN), L1 with weight 10 for
 the cycles and 5 for the identity, a pool of 50 former outputs for the discriminators.

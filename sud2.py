@@ -866,7 +866,7 @@ def curves(methods, path, truth):
 
 # ---------------------------------------------------------------------------- command line
 QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
-         'updates': 100, 'warmup': 40, 'gan_steps': 40}
+         'updates': 80, 'warmup': 30, 'gan_steps': 40}
 
 
 VERSION = 1             # of checkpoints: goes up when older ones can no longer be read
