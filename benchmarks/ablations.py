@@ -31,7 +31,7 @@ ABLATIONS = {
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
-                              for m in ('sud2', 'sud2-kl')}),
+                              for m in ('sud2-kl', 'sud2')}),
 }
 
 
