@@ -719,9 +719,9 @@ def test_shift_moves_both_of_a_pair_alike():
         assert any(np.array_equal(image.numpy(), w) for w in windows)
 
 
-@pytest.mark.parametrize('name', sorted(p.name for p in (HERE / 'results').glob('inpaint-*.json')))
+@pytest.mark.parametrize('name', ['inpaint-faces', 'inpaint-celeba', 'dehaze-scenes'])
 def test_readme_tables_are_those_of_the_results(name):
-    methods = json.loads((HERE / 'results' / name).read_text())['methods']
+    methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
     assert sud2.table(methods) in (HERE / 'README.md').read_text()
 
 
