@@ -429,6 +429,17 @@ def train_prior(run, images, which):
     return ema, fit(run, which, parts, update, steps, ['ema'], {'kind': which})
 
 
+def pairs_batch(run, split, g):
+    """Pairs x, y (B, C, H, W) of one update, mirrored and shifted alike; of few pairs, all."""
+    n, a = len(split.pairs_x), run.a
+    index, flip = draw_batch(g, n, a.batch)
+    if n <= a.batch:
+        index, flip = torch.arange(n), flip[:n]
+    x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
+    x, y = shifted(x, y, a.shift, g)                                # Dev. 5
+    return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
+
+
 class Ensemble:
     """Temporal ensembling (Laine & Aila 2017) of f's outputs on each of n measurements."""
 
@@ -496,13 +507,7 @@ def train(run, method, seed, split, models, score):
                 'corr': metrics.correlation(x_hat.detach())}
 
     def update(step):
-        index, flip = draw_batch(paired, len(split.pairs_x), a.batch)
-        if len(split.pairs_x) <= a.batch:                           # few pairs: all of them
-            index, flip = torch.arange(len(split.pairs_x)), flip[:len(split.pairs_x)]
-        x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
-        x, y = shifted(x, y, a.shift, paired)                       # Dev. 5
-        if len(split.pairs_x) > a.batch:                            # few go to every process
-            x, y = Group.own(x), Group.own(y)
+        x, y = pairs_batch(run, split, paired)
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
@@ -926,6 +931,7 @@ def command_line():
 
 
 def flags_of_the_data(p, count, zero):
+    """What is undone, with which images, methods and seeds, of which size."""
     g = p.add_argument_group('what to run')
     g.add_argument('--task', choices=['inpaint', 'dehaze', 'custom'], default='inpaint',
                    help='what is undone')
@@ -952,6 +958,7 @@ def flags_of_the_data(p, count, zero):
 
 
 def flags_of_the_method(p, count, zero, real, weight):
+    """The paper's symbols, and how the networks are trained."""
     g = p.add_argument_group('method')
     g.add_argument('--t-start', type=zero, default=80, help='F noises to this step, 0 .. 999')
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
@@ -985,6 +992,7 @@ def flags_of_the_method(p, count, zero, real, weight):
 
 
 def flags_of_the_run(p, weight):
+    """Where things lie, on what the run computes, and restoring."""
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder; without it runs/TASK')
     g.add_argument('--prior', metavar='DIR', help="use another run's prior.pt and denoiser.pt")
