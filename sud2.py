@@ -466,6 +466,11 @@ def ramp_up(step, length):
     return math.exp(-5 * (1 - min(1, step / max(1, length))) ** 2)
 
 
+def teacher_decay(step):
+    """Decay of the mean teacher's weights (Tarvainen & Valpola 2017): their mean at first."""
+    return min(1 - 1 / (step + 1), .999)
+
+
 def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, (label, source, reg) = run.a, METHODS[method]
@@ -518,7 +523,7 @@ def train(run, method, seed, split, models, score):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
         if source == 'teacher':
-            ddpm.ema_update(teacher, f, min(1 - 1 / (step + 1), .999))
+            ddpm.ema_update(teacher, f, teacher_decay(step))
         note_score(a, curve, step, a.updates, score, f)
         return {k: v.detach() for k, v in numbers.items()}
 
@@ -757,7 +762,7 @@ def gap_closed(methods):
         for seed, s in seeds.items():
             low = methods.get('supervised', {}).get(seed, {}).get('best_psnr')
             high = methods.get('oracle', {}).get(seed, {}).get('psnr')
-            if low is not None and high is not None and name != 'supervised':
+            if None not in (low, high) and low != high and name != 'supervised':
                 s['gap'] = (s['psnr'] - low) / (high - low)
 
 
@@ -804,7 +809,8 @@ def save_picture(picture, path):
 
 def ticks(low, high, n=5):
     """About n round numbers that span low .. high."""
-    raw = max(high - low, 1e-9) / n
+    high = high if high > low else low + 1
+    raw = (high - low) / n
     unit = 10 ** math.floor(math.log10(raw))
     step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= raw)
     return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]

@@ -405,6 +405,7 @@ def test_temporal_ensemble_is_the_bias_corrected_average():
     assert_close(ensemble.update(index, second), torch.full((2, 1, 2, 2), expected))
     assert ensemble.visits.tolist() == [2, 0, 2] and (ensemble.Z[1] == 0).all()
     assert sud2.ramp_up(0, 10) == pytest.approx(math.exp(-5)) and sud2.ramp_up(10, 10) == 1
+    assert [sud2.teacher_decay(k) for k in (0, 1, 3, 10**6)] == [0, 0.5, 0.75, 0.999]
 
 
 def test_cyclegan_has_the_original_sizes_and_fits_small_images():
@@ -708,6 +709,15 @@ def test_without_lambdas_or_still_warming_up_it_is_supervised_bit_for_bit(
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+def test_l_reg_is_on_where_the_table_says_so(finished, tmp_path):
+    """With λ1 = 0 only L_reg can part a method from supervised."""
+    sud2.main(tiny(tmp_path, '--method', *sud2.METHODS, '--lam1', '0', '--lam2', '0.5',
+                   '--gan-steps', '1', '--points', '1', '--prior', str(finished)))
+    parted = [m for m in sud2.METHODS if m not in ('cyclegan', 'cyclegan-ssl', 'oracle')
+              and not same_weights(tmp_path, finished, f'{m}-s0.pt', 'supervised-s0.pt')]
+    assert parted == ['sud+reg', 'sud+reg+noise', 'sud2']
+
+
 def test_shift_moves_both_of_a_pair_alike():
     x = torch.arange(36.0).view(1, 1, 6, 6).repeat(3, 1, 1, 1)
     a, b = sud2.shifted(x, -x, 2, torch.Generator().manual_seed(0))
@@ -736,9 +746,10 @@ def test_a_flag_that_differs_is_named(finished):
         sud2.main(tiny(finished, '--lam1', '0.3'))
 
 
-def same_weights(a, b, name):
-    """Whether what two finished runs keep under a name is equal bit for bit."""
-    ours, theirs = (torch.load(d / name, weights_only=True)['parts'] for d in (a, b))
+def same_weights(a, b, name, other=None):
+    """Whether what two finished runs keep under a name, or two names, is equal bit for bit."""
+    files = a / name, b / (other or name)
+    ours, theirs = (torch.load(f, weights_only=True)['parts'] for f in files)
     part = next(k for k in ('f', 'gan', 'ema') if k in ours)
     return all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
 
