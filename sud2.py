@@ -665,7 +665,8 @@ def download_lpips():
     """The two official weight files of LPIPS, fetched once and checked -> their paths."""
     paths = []
     for url, sha256 in (
-            ('https://download.pytorch.org/models/alexnet-owt-7be5be79.pth', '7be5be79'),
+            ('https://download.pytorch.org/models/alexnet-owt-7be5be79.pth',
+             '7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02'),
             ('https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/'
              'weights/v0.1/alex.pth',
              'df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0')):
