@@ -918,9 +918,16 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return action.help if hidden else f'{action.help} ({shown})'
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message):
+        self.exit(2, f'sud2.py: error: {message}\n')
+
+
 def command_line():
     """The flags: what to run, the method with the paper's symbols, optimisation, the run."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         allow_abbrev=False, formatter_class=Formatter, usage='python sud2.py [flags]',
         description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
                     'images\nand one of clean images, supervised by a diffusion model. Defaults in '
