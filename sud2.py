@@ -755,6 +755,7 @@ COLOURS = {'supervised': '#555555', 'cyclegan-ssl': '#8C564B', 'sud-te': '#F0808
            'sud-mt': '#C49C94', 'sud': '#D55E00', 'sud+reg': '#E69F00',
            'sud+reg+noise': '#B8A000', 'sud2': '#0072B2', 'sud2-kl': '#CC79A7',
            'oracle': '#009E73', 'truth': '#000000'}
+OTHERS = ['#56B4E9', '#D55E00', '#009E73', '#E69F00']       # of lines that are no method
 
 
 def gap_closed(methods):
@@ -824,6 +825,7 @@ def plot(panels, path, width=560, height=400):
     """
     k = 2                                               # drawn twice as large, then reduced
     names = list(dict.fromkeys(n for p in panels for n in p[3]))
+    hue = dict(zip([n for n in names if n not in COLOURS], OTHERS)) | COLOURS
     font, small = ImageFont.load_default(15 * k), ImageFont.load_default(13 * k)
     legend = 50 + max(int(small.getlength(n)) // k for n in names)
     sheet = Image.new('RGB', ((len(panels) * width + legend) * k, height * k), 'white')
@@ -848,7 +850,7 @@ def plot(panels, path, width=560, height=400):
         draw.text((centre, k * (height - 22)), x_label, 'black', font, anchor='mt')
         draw.text((k * (i * width + 8), k * 14), y_label, 'black', font, anchor='lt')
         for name, seeds in series.items():
-            colour = COLOURS.get(name, '#56B4E9')
+            colour = hue[name]
             columns = [[pt[0] for pt in col] + [[pt[1] for pt in col]] for col in zip(*seeds)]
             if len(seeds) > 1:
                 band = [at(c[0], min(c[-1])) for c in columns]
@@ -856,7 +858,7 @@ def plot(panels, path, width=560, height=400):
             draw.line([at(c[0], sum(c[-1]) / len(c[-1])) for c in columns], colour, 2 * k, 'curve')
     for r, name in enumerate(names):
         x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
-        draw.line([(x, y), (x + 26 * k, y)], COLOURS.get(name, '#56B4E9'), 3 * k)
+        draw.line([(x, y), (x + 26 * k, y)], hue[name], 3 * k)
         draw.text((x + 32 * k, y), name, 'black', small, anchor='lm')
     save_picture(sheet.resize((sheet.width // k, sheet.height // k), Image.Resampling.BOX), path)
 

@@ -4,9 +4,9 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py [--size 32] [--turns 5]
 
-Three networks of nearly equal size predict noise in 3 x SIZE x SIZE images. Each is measured in
-fp32 and under bf16 autocast, channels-last, and shown at its faster precision; ours as the default
-run uses it. Parameters are made equal by 72 channels here (64 by default).
+Three networks of nearly equal size predict noise in 3 x SIZE x SIZE images. Each is measured as it
+comes, in fp32 channels-last and under bf16 autocast channels-last, and shown at its fastest; ours
+as the default run uses it. Parameters are made equal by 72 channels here (64 by default).
 """
 import argparse
 import statistics
@@ -23,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm  # noqa: E402
+import metrics  # noqa: E402
 import sud2  # noqa: E402
 from unet import UNet  # noqa: E402
 
 PEERS = ('sud2', 'denoising-diffusion-pytorch', 'diffusers')
+SETTINGS = ('as it comes', 'fp32', 'bf16')          # the last two channels-last
 
 
 def network(name, size):
@@ -54,30 +56,42 @@ def network(name, size):
     return Unet(dim=32, dim_mults=(1, 2, 4))
 
 
-def jobs(net, size, batch, bf16):
+def jobs(net, size, batch, setting):
     """-> {name: function} of what is timed."""
     acp, g = ddpm.alphas_cumprod(), torch.Generator().manual_seed(0)
-    x = 2 * torch.rand(batch, 3, size, size, generator=g) - 1
-    many = 2 * torch.rand(2 * batch, 3, size, size, generator=g) - 1
-    t = torch.randint(1000, (batch,), generator=g)
+    x = 2 * torch.rand(2 * batch, 3, size, size, generator=g) - 1
+    t = torch.randint(1000, (2 * batch,), generator=g)
     opt = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
 
     def amp():
-        return torch.autocast('cpu', torch.bfloat16, enabled=bf16)
+        return torch.autocast('cpu', torch.bfloat16, enabled=setting == 'bf16')
 
     def training():
         with amp():
-            loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, g), acp)
+            loss = ddpm.ddpm_loss(net, x[:batch], t[:batch], ddpm.noise_like(x[:batch], g), acp)
         sud2.descend(loss, net, opt, 1e-4)
 
-    def forward():
+    def forward(n=batch):
         with torch.no_grad(), amp():
-            net(x, t)
+            net(x[:n], t[:n])
 
     def reverse():
         with torch.no_grad(), amp():
-            ddpm.R_of_F(net, many, 200, acp, steps=10, generator=g)
-    return {'training step': training, 'forward': forward, 'R, 10 steps': reverse}
+            ddpm.R_of_F(net, x, 200, acp, steps=10, generator=g)
+    return {'training step': training, 'forward': forward, 'R, 10 steps': reverse,
+            'one image': lambda: forward(1)}
+
+
+def ssim_jobs(size):
+    """SSIM of 768 images, ours and pytorch-msssim's in chunks of 32."""
+    from pytorch_msssim import ssim
+    x, y = torch.rand(2, 768, 3, size, size)
+
+    def theirs():
+        for a, b in zip(x.split(32), y.split(32)):
+            ssim(a, b, data_range=1, size_average=False)
+    return {('sud2', 'fp32', 'SSIM'): lambda: metrics.ssim(x, y, data_range=1),
+            ('pytorch-msssim', 'fp32', 'SSIM'): theirs}
 
 
 def peak_mib(name, size, batch):
@@ -85,11 +99,28 @@ def peak_mib(name, size, batch):
     code = (f'import sys; sys.path.insert(0, {str(ROOT / "benchmarks")!r})\n'
             'import speed\n'
             f'net = speed.network({name!r}, {size}).to(memory_format=speed.torch.channels_last)\n'
-            f'job = speed.jobs(net, {size}, {batch}, {name == "sud2"})["training step"]\n'
+            f'job = speed.jobs(net, {size}, {batch}, "bf16")["training step"]\n'
             'for _ in range(3): job()\n'
             'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
     return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                                 check=True).stdout.split()[-1]) / 1024
+
+
+def measure(todo, turns):
+    """{key: function} -> {key: median seconds}, interleaved; a turn's first call is not counted,
+    but for R, which is many calls."""
+    times = {k: [] for k in todo}
+    for turn in range(turns):
+        for k, job in todo.items():
+            once = 'R' in k[2] and turn > 0
+            if not once:
+                job()
+            for _ in range(1 if once else 2):
+                began = time.perf_counter()
+                job()
+                times[k].append(time.perf_counter() - began)
+        print(f'turn {turn + 1} of {turns}', flush=True)
+    return {k: statistics.median(v) for k, v in times.items()}
 
 
 def main():
@@ -97,46 +128,44 @@ def main():
     p.add_argument('--size', type=int, default=32)
     p.add_argument('--turns', type=int, default=5)
     a = p.parse_args()
-    batch = 32 if a.size <= 32 else 16
-    nets = {n: network(n, a.size).to(memory_format=torch.channels_last) for n in PEERS}
-    todo = {(n, bf16, job): f for n, net in nets.items() for bf16 in (False, True)
-            for job, f in jobs(net, a.size, batch, bf16).items()}
-    times = {k: [] for k in todo}
-    for turn in range(a.turns):
-        for k, job in todo.items():
-            job()                               # the first call of a turn is not counted
-            for _ in range(2):
-                began = time.perf_counter()
-                job()
-                times[k].append(time.perf_counter() - began)
-        print(f'turn {turn + 1} of {a.turns}', flush=True)
-    median = {k: statistics.median(v) for k, v in times.items()}
-    limit = {b: sud2.conv_rate(torch.device('cpu'), torch.bfloat16 if b else torch.float32)
-             for b in (False, True)}
-    rows, columns = {}, ['training step', 'forward', 'R, 10 steps']
-    for n, net in nets.items():
+    batch, todo, gflop, rows = 32 if a.size <= 32 else 16, ssim_jobs(a.size), {}, {}
+    for n in PEERS:
         with FlopCounterMode(display=False) as flops, torch.no_grad():
-            net(torch.zeros(1, 3, a.size, a.size), torch.zeros(1, dtype=torch.long))
-        gflop = flops.get_total_flops() / 1e9
-        best = {job: min((False, True), key=lambda b, n=n, job=job: median[n, b, job])
-                for job in columns}
-        share = {'training step': 3 * batch, 'forward': batch, 'R, 10 steps': 20 * batch}
-        rows[n] = {'parameters': sum(q.numel() for q in net.parameters()), 'gflop': gflop,
-                   'peak_mib': peak_mib(n, a.size, batch),
-                   'ms': {j: 1e3 * median[n, best[j], j] for j in columns},
-                   'ms_fp32': {j: 1e3 * median[n, False, j] for j in columns},
-                   'bf16': best,
-                   'of_peak': {j: share[j] * gflop / median[n, best[j], j] / limit[best[j]]
-                               for j in columns}}
+            network(n, a.size)(torch.zeros(1, 3, a.size, a.size), torch.zeros(1, dtype=torch.long))
+        gflop[n] = flops.get_total_flops() / 1e9
+        for setting in SETTINGS:
+            how = torch.contiguous_format if setting == 'as it comes' else torch.channels_last
+            net = network(n, a.size).to(memory_format=how)
+            todo |= {(n, setting, j): f for j, f in jobs(net, a.size, batch, setting).items()}
+        rows[n] = {'parameters': sum(q.numel() for q in net.parameters()), 'gflop': gflop[n],
+                   'peak_mib': peak_mib(n, a.size, batch)}
+    seconds = measure(todo, a.turns)
+    limit = {s: sud2.conv_rate(torch.device('cpu'), torch.bfloat16 if s == 'bf16'
+                               else torch.float32) for s in SETTINGS}
+    calls = {'training step': 3 * batch, 'forward': batch, 'R, 10 steps': 20 * batch,
+             'one image': 1}
     print(f'\n| 3 x {a.size} x {a.size}, batch {batch} | M parameters | GFLOP | '
-          + ' | '.join(f'{j}, ms' for j in columns) + ' | peak MiB |\n|---|' + '---:|' * 6)
+          + ' | '.join(f'{j}, ms' for j in calls) + ' | R as it comes | peak MiB |\n|---|'
+          + '---:|' * 8)
     for n, r in rows.items():
-        cells = [f'{r["ms"][j]:.0f} (ours {rows["sud2"]["ms"][j] / r["ms"][j]:.2f}x, '
-                 f'{r["of_peak"][j]:.0%} of peak)' for j in columns]
+        best = {j: min(SETTINGS, key=lambda s, n=n, j=j: seconds[n, s, j]) for j in calls}
+        ours = {j: seconds['sud2', 'bf16', j] for j in calls}
+        r |= {'ms': {s: {j: 1e3 * seconds[n, s, j] for j in calls} for s in SETTINGS},
+              'best': best, 'sud2_over_best': {j: ours[j] / seconds[n, best[j], j] for j in calls},
+              'of_convolution_limit': {j: calls[j] * gflop[n] / seconds[n, best[j], j]
+                                       / limit[best[j]] for j in calls}}
+        cells = [f'{1e3 * seconds[n, best[j], j]:.1f} (ours {r["sud2_over_best"][j]:.2f}x, '
+                 f'{r["of_convolution_limit"][j]:.0%} of limit)' for j in calls]
+        plain = seconds[n, 'as it comes', 'R, 10 steps']
         print(f'| {n} | {r["parameters"] / 1e6:.2f} | {r["gflop"]:.2f} | ' + ' | '.join(cells)
-              + f' | {r["peak_mib"]:.0f} |')
+              + f' | {1e3 * plain:.0f} (ours {ours["R, 10 steps"] / plain:.2f}x) '
+              f'| {r["peak_mib"]:.0f} |')
+    both = {n: 1e3 * seconds[n, 'fp32', 'SSIM'] for n in ('sud2', 'pytorch-msssim')}
+    print(f'\nSSIM of 768 images: {both["sud2"]:.0f} ms, pytorch-msssim '
+          f'{both["pytorch-msssim"]:.0f} ms ({both["sud2"] / both["pytorch-msssim"]:.2f}x)')
     sud2.write_json(ROOT / 'results' / f'bench-{a.size}.json', {
         'command': 'python benchmarks/speed.py ' + ' '.join(sys.argv[1:]), 'networks': rows,
+        'ssim_ms': both, 'convolution_limit_gflops': limit,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
                         'threads': torch.get_num_threads()}})
 

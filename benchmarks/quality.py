@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Time to quality -> results/bench-quality.json, assets/quality.png.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/quality.py --prior runs/inpaint [--seconds 120]
+
+A DDPM is trained from nothing on the drawn faces, 32x32, batch 32: ours as `sud2.py` does it, in
+bf16 and in fp32; denoising-diffusion-pytorch and diffusers as their own loops do, in fp32 (Adam at
+8e-5 with EMA 0.995 every 10 steps; AdamW at 1e-4 with 500 steps of warm-up and EMA). All predict
+noise in DDPM's linear schedule. Quality is the loss on 256 held-out faces, at fixed times and with
+fixed noise, and the Fréchet distance of 256 samples (10 steps of R from noise) to them, on the
+features of the finished prior in --prior; scoring is not counted in the time. Ours train for about
+--seconds in bf16 and as many steps in fp32; the peers until they reach ours' last loss and
+distance, and at most three times as long.
+"""
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import speed  # noqa: E402
+
+import data  # noqa: E402
+import ddpm  # noqa: E402
+import metrics  # noqa: E402
+import sud2  # noqa: E402
+
+STEPS_A_SECOND = 7              # of ours, to plan its cosine: the same number of steps in fp32
+
+
+def contender(name, run, images, steps):
+    """-> (averaged network, function that takes one training step)."""
+    acp, g = run.acp, torch.Generator().manual_seed(0)
+    ours = name.startswith('sud2')
+    net = speed.network(name.split(',')[0], 32)
+    net = net.to(memory_format=torch.channels_last) if ours else net
+    ema = copy.deepcopy(net).requires_grad_(False)
+    opt = {'sud2': lambda: sud2.optimiser(net, run.a.prior_lr),
+           'diffusers': lambda: torch.optim.AdamW(net.parameters(), 1e-4),
+           'denoising-diffusion-pytorch': lambda: torch.optim.Adam(net.parameters(), 8e-5),
+           }[name.split(',')[0]]()
+
+    def step(k):
+        index, flip = sud2.draw_batch(g, len(images), 32)
+        x = sud2.batch_of(images, index, flip, run.device)
+        t = torch.randint(1000, (32,), generator=g)
+        with torch.autocast('cpu', torch.bfloat16, enabled=name == 'sud2'):
+            loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, g), acp)
+        lr = (run.a.prior_lr * sud2.learning_rate(k, steps) if ours else
+              1e-4 * min(1, (k + 1) / 500) if name == 'diffusers' else 8e-5)
+        sud2.descend(loss, net, opt, lr)
+        if name != 'denoising-diffusion-pytorch':
+            ddpm.ema_update(ema, net, min(.995, (k + 1) / (k + 10)))
+        elif k % 10 == 0:
+            ddpm.ema_update(ema, net, .995 if k > 100 else 0)
+    return ema, step
+
+
+def score(run, ema, held, features, prior):
+    """-> held-out loss, Fréchet distance of samples."""
+    x_T = torch.randn(256, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with run.amp():
+        samples = torch.cat([ddpm.R(ema, x, 999, run.acp, steps=10) for x in x_T.split(64)])
+    loss = sud2.held_out_loss(run, ema, held)
+    return loss, metrics.frechet_distance(sud2.prior_features(run, prior, samples), features)
+
+
+def train(name, run, images, held, features, prior, limit, steps, goal):
+    """Trains one contender -> [{seconds, steps, loss, fd}, ...] at 8 times."""
+    ema, step = contender(name, run, images, steps)
+    curve, seconds, k = [], 0.0, 0
+    while seconds < limit and (steps is None or k < steps):
+        began = time.perf_counter()
+        step(k)
+        seconds, k = seconds + time.perf_counter() - began, k + 1
+        if seconds > limit / 8 * (len(curve) + 1) or k == steps:
+            loss, fd = score(run, ema, held, features, prior)
+            curve.append({'seconds': seconds, 'steps': k, 'loss': loss, 'fd': fd})
+            print(f'{name:>28} {seconds:6.1f} s  {k:5d} steps  loss {loss:.4f}  fd {fd:.3f}',
+                  flush=True)
+            if goal and loss <= goal[0] and fd <= goal[1]:
+                break
+    return curve
+
+
+def main():
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
+    p.add_argument('--seconds', type=float, default=120)
+    a = p.parse_args()
+    run = sud2.Setup(sud2.parse(['--prior', a.prior]))
+    prior = sud2.train_prior(run, None, 'prior')[0]
+    images, held = (data.draw_faces(n, 32, seed)[0] for n, seed in ((12500, 0), (256, 2)))
+    features = sud2.prior_features(run, prior, data.to_float(held))
+    steps, goal, curves = round(a.seconds * STEPS_A_SECOND), None, {}
+    for name, times in (('sud2', 1.2), ('sud2, fp32', 2.4), ('denoising-diffusion-pytorch', 3),
+                        ('diffusers', 3)):
+        limit = times * (curves['sud2'][-1]['seconds'] if goal else a.seconds)
+        curves[name] = train(name, run, images, held, features, prior, limit,
+                             steps if name.startswith('sud2') else None, goal)
+        goal = goal or (curves['sud2'][-1]['loss'], curves['sud2'][-1]['fd'])
+    sud2.write_json(ROOT / 'results' / 'bench-quality.json', {
+        'command': 'python benchmarks/quality.py ' + ' '.join(sys.argv[1:]), 'curves': curves,
+        'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
+                        'threads': torch.get_num_threads()}})
+    panels = [(title, 'seconds of training', '', {
+        n: [[(c['seconds'], c[key]) for c in curve if c['steps'] > 100]]
+        for n, curve in curves.items()})
+        for key, title in (('loss', 'Held-out loss'), ('fd', 'Fréchet distance of samples'))]
+    sud2.plot(panels, ROOT / 'assets' / 'quality.png')
+
+
+if __name__ == '__main__':
+    main()
