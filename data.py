@@ -7,8 +7,8 @@ Images are uint8 `(N, 3, H, W)` tensors at rest and float `(B, 3, H, W)` in [-1,
 Every source is reproducible from a seed.
 
     >>> x, hole = draw_faces(2, size=32, seed=0)
-    >>> x.shape, hole.shape, x.dtype
-    (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8)
+    >>> x.shape, hole.shape, x.dtype, hole[0].sum().item()
+    (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8, 232)
 """
 import hashlib
 import math

@@ -855,7 +855,10 @@ def plot(panels, path, width=560, height=400):
             if len(seeds) > 1:
                 band = [at(c[0], min(c[-1])) for c in columns]
                 draw.polygon(band + [at(c[0], max(c[-1])) for c in columns[::-1]], colour + '18')
-            draw.line([at(c[0], sum(c[-1]) / len(c[-1])) for c in columns], colour, 2 * k, 'curve')
+            means = [at(c[0], sum(c[-1]) / len(c[-1])) for c in columns]
+            draw.line(means, colour, 2 * k, 'curve')
+            for x, y in means if len(means) < 20 else ():
+                draw.ellipse([x - 3 * k, y - 3 * k, x + 3 * k, y + 3 * k], colour)
     for r, name in enumerate(names):
         x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
         draw.line([(x, y), (x + 26 * k, y)], hue[name], 3 * k)
@@ -908,10 +911,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Wide help with defaults, with N for a whole number and X for another."""
 
     def __init__(self, prog):
-        super().__init__(prog, width=100, max_help_position=30)
+        super().__init__(prog, width=100, max_help_position=26)
 
     def _get_default_metavar_for_optional(self, action):
         return 'N' if getattr(action.type, 'kind', None) is int else 'X'
+
+    def _format_args(self, action, default_metavar):
+        args = super()._format_args(action, default_metavar)
+        return f'{args.split()[0]} ...' if action.nargs == '+' else args
 
     def _get_help_string(self, action):
         default = action.default if isinstance(action.default, list) else [action.default]
@@ -930,7 +937,8 @@ class Parser(argparse.ArgumentParser):
 def command_line():
     """The flags: what to run, the method with the paper's symbols, optimisation, the run."""
     p = Parser(
-        allow_abbrev=False, formatter_class=Formatter, usage='python sud2.py [flags]',
+        allow_abbrev=False, add_help=False, formatter_class=Formatter,
+        usage='python sud2.py [flags]',
         description='SUD²: trains a reconstruction network from a few pairs, a folder of degraded '
                     'images\nand one of clean images, supervised by a diffusion model. Defaults in '
                     'brackets.',
@@ -950,26 +958,27 @@ def flags_of_the_data(p, count, zero):
     """What is undone, with which images, methods and seeds, of which size."""
     g = p.add_argument_group('what to run')
     g.add_argument('--task', choices=['inpaint', 'dehaze', 'custom'], default='inpaint',
-                   help='what is undone')
+                   metavar='NAME', help='inpaint, dehaze, or custom: what your own pairs show')
     g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; O-HAZE, I-HAZE or SOTS; '
-                   'your own folders. Without it, drawn images')
+                   'your own. Without it, drawn images')
     g.add_argument('--images', metavar='DIR', help='more clean images for U_x')
     g.add_argument('--method', nargs='+', default=['supervised', 'sud2', 'sud2-kl'],
                    choices=[*METHODS, 'all'],
-                   metavar='NAME', help=f"one or several of {', '.join(METHODS)}; or all")
+                   metavar='NAME', help=f"of {', '.join(METHODS)}; or all")
     g.add_argument('--seed', nargs='+', type=zero, default=[0], metavar='N',
                    help='pairs, initial weights and noise; several give mean ± std')
     g.add_argument('--size', type=count, default=32,
                    help='height and width that is trained on, pixels')
-    g.add_argument('--channels', type=int, choices=[1, 3], default=3, help='grey or colour')
+    g.add_argument('--channels', type=int, choices=[1, 3], default=3, metavar='N',
+                   help='1: grey, 3: colour')
     g.add_argument('--short-side', type=zero, default=0, metavar='N',
-                   help='reduce larger pictures of folders to this first; 0: as they are')
+                   help='reduce larger pictures of folders to this first; 0: keep')
     g.add_argument('--pairs', type=count, default=5, help='|P|, before/after pairs')
     g.add_argument('--measurements', type=count, default=1000, help='|U_y|, degraded images')
     g.add_argument('--clean', type=count, default=12500, help='|U_x|, clean images')
     g.add_argument('--test', type=count, default=768, help='test images')
     g.add_argument('--validation', type=zero, default=0, metavar='N',
-                   help='score on N other images, to choose hyper-parameters; 0: the test images')
+                   help='score on N other images than the test ones, to choose flags')
     g.add_argument('--quick', action='store_true', help='a first picture in a minute: tiny sizes')
 
 
@@ -983,7 +992,7 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.5, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
-                   help='form of L_reg')
+                   metavar='NAME', help='L_reg of signed, abs or square correlations')
     g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 500], metavar='T',
                    help='sud2-kl: noise steps t are drawn from here')
     g.add_argument('--kl-lr', type=real, default=2e-4, help='sud2-kl: learning rate of D^f')
@@ -1018,11 +1027,12 @@ def flags_of_the_run(p, weight):
                    help='an Inception network as TorchScript, for FID on its features')
     g.add_argument('--device', default='auto', metavar='NAME', help='auto, cpu, cuda, ...')
     g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
-                   help='of the convolutions; auto takes the faster')
+                   metavar='NAME', help='bf16 or fp32 convolutions; auto takes the faster')
     g.add_argument('--restore', nargs='+', metavar='PATH',
                    help='apply a trained network to pictures and folders of them')
     g.add_argument('--checkpoint', metavar='FILE', help='the network for --restore')
     g.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    g.add_argument('-h', '--help', action='help', help='print this and stop')
 
 
 def parse(argv=None):

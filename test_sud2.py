@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tests: closed forms and independent paths, never the same formula typed twice."""
 
+import doctest
+import importlib
 import io
 import json
 import math
@@ -27,7 +29,7 @@ import data
 import ddpm
 import metrics
 import sud2
-from unet import UNet
+from unet import Attention, UNet
 
 HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
@@ -172,6 +174,28 @@ def test_r_agrees_with_the_standard_scheduler(monkeypatch, eta, expected):
     assert_close(out.flatten(), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
+def test_a_foreign_scheduler_drives_the_unet():
+    """diffusers' DDIM, clipped, 'trailing', calls our network as R does: the same image."""
+    diffusers = pytest.importorskip('diffusers')
+    net = UNet(3, 3, 16, (1, 2), time=True).requires_grad_(False)
+    torch.nn.init.normal_(net.head.weight, std=0.05)
+    scheduler = diffusers.DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, clip_sample=True,
+                                        timestep_spacing='trailing', set_alpha_to_one=True)
+    scheduler.set_timesteps(10)
+    x_t = start = torch.randn(2, 3, 16, 16)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(net(x_t, t.expand(2)), t, x_t, use_clipped_model_output=True)[0]
+    assert_close(x_t, ddpm.R(net, start, 999, ACP, steps=10), atol=1e-5, rtol=0)
+
+
+def test_attention_is_the_same_with_and_without_gradients():
+    net, h = Attention(64), torch.randn(2, 64, 8, 8)
+    torch.nn.init.normal_(net.out.weight)
+    with torch.no_grad():
+        expected = net(h)
+    assert_close(net(h), expected, atol=1e-5, rtol=0)
+
+
 def test_r_clips_and_leaves_a_clean_image_alone():
     """An eps_model that always answers x0 = c gives c, clipped, whatever eta and steps."""
     for c, expected in ((0.4, 0.4), (1.7, 1.0)):
@@ -281,11 +305,8 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     tracked = denoiser(x_hat)  # a label that carries a graph is cut off all the same
     (gradient,) = torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), x_hat)
     assert_close(gradient, 2 * (x_hat - tracked).detach() / x_hat.numel())
-    assert (
-        torch.autograd.grad(sud2.denoiser_loss(x_hat, tracked), denoiser.weight, allow_unused=True)[
-            0]
-        is None
-    )
+    loss = sud2.denoiser_loss(x_hat, tracked)
+    assert torch.autograd.grad(loss, denoiser.weight, allow_unused=True) == (None,)
 
 
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
@@ -680,15 +701,10 @@ def test_run_writes_everything(finished):
     for scores in m['methods'].values():
         s = scores['0']
         assert s['updates'] == 6 and len(s['curve']) == 2 and s['curve'][-1]['update'] == 6
-        assert (
-            s['best_psnr'] == max(c['psnr'] for c in s['curve'])
-            and s['psnr'] == s['curve'][-1]['psnr']
-        )
-        assert all(
-            math.isfinite(s[k])
-            for k in ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_latent',
-                      'corr_output')
-        )
+        assert s['best_psnr'] == max(c['psnr'] for c in s['curve'])
+        assert s['psnr'] == s['curve'][-1]['psnr']
+        assert all(math.isfinite(s[k]) for k in ('psnr', 'psnr_hole', 'psnr_visible', 'ssim',
+                                                 'fd_prior', 'corr_latent', 'corr_output'))
     assert m['peak_mib'] > 0 and m['prior']['eps_loss'] > 0
     rows = (finished / 'table.md').read_text().splitlines()
     assert len(rows) == 2 + len(sud2.METHODS) and '100%' in rows[-1]
@@ -729,10 +745,26 @@ def test_shift_moves_both_of_a_pair_alike():
         assert any(np.array_equal(image.numpy(), w) for w in windows)
 
 
-@pytest.mark.parametrize('name', ['inpaint-faces', 'inpaint-celeba', 'dehaze-scenes'])
-def test_readme_tables_are_those_of_the_results(name):
-    methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
-    assert sud2.table(methods) in (HERE / 'README.md').read_text()
+def test_tables_are_those_of_the_results():
+    """README's and those under results/ stand on what was measured."""
+    readme, tables, ablated = ((HERE / name).read_text() for name in (
+        'README.md', 'results/TABLES.md', 'results/ABLATIONS.md'))
+    for name in ('inpaint-faces', 'inpaint-celeba', 'dehaze-scenes', 'celeba-ladder'):
+        methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
+        assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
+    sys.path.insert(0, str(HERE / 'benchmarks'))
+    ablations = importlib.import_module('ablations')
+    for path in (HERE / 'results').glob('ablation-*.json'):
+        lines = json.loads(path.read_text())['lines']
+        x_axis = ablations.ABLATIONS[path.stem.removeprefix('ablation-')][0]
+        assert ablations.table_of(x_axis, lines) in ablated, path
+
+
+def test_readme_help_and_examples():
+    """README's copy of --help is what is printed, its examples print what they say."""
+    assert sud2.command_line().format_help() in (HERE / 'README.md').read_text()
+    failed, attempted = doctest.testfile(str(HERE / 'README.md'), module_relative=False)
+    assert failed == 0 and attempted >= 7
 
 
 def test_repeating_a_command_does_nothing_again(finished):
@@ -1133,18 +1165,9 @@ LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py', 'cyclegan.py']
 def test_leaf_works_alone(leaf, tmp_path):
     """Copied alone, under another name, its example prints what it says."""
     shutil.copy(HERE / leaf, tmp_path / 'copied.py')
-    r = subprocess.run(
-        [
-            sys.executable,
-            '-I',
-            '-c',
-            'import sys, doctest; sys.path.insert(0, "."); '
-            'import copied; r = doctest.testmod(copied); print(r.attempted, r.failed)',
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    r = subprocess.run([sys.executable, '-I', '-c', 'import sys, doctest; sys.path.insert(0, "."); '
+                        'import copied; r = doctest.testmod(copied); print(r.attempted, r.failed)'],
+                       capture_output=True, text=True, cwd=tmp_path)
     attempted, failed = map(int, r.stdout.split()[-2:])
     assert r.returncode == 0 and attempted >= 2 and failed == 0, r.stdout + r.stderr
     assert (HERE / leaf).read_text().startswith('# SPDX-License-Identifier: MIT\n')

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Ablations on a finished run's priors, resumable -> results/ablation-NAME.json, assets/NAME.png.
+"""Ablations on a finished run's priors, resumable -> results/ablation-NAME.json, assets/NAME.png,
+and a table, which results/ABLATIONS.md holds.
 
     python benchmarks/ablations.py --prior runs/inpaint [NAME ...]
 
@@ -9,42 +10,94 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
+import unittest.mock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sud2  # noqa: E402
+from unet import UNet  # noqa: E402
 
+RUNGS = ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl')
 # name -> (x axis, {line: [flags of each setting, the x value last]})
 ABLATIONS = {
     'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
                         for m in ('supervised', 'sud2', 'sud2-kl')}),
-    'frontier': ('FD-prior', {m: [['--method', m, '--lam1', v] for v in ('0.2', '0.7', '2')]
-                              for m in ('sud2', 'sud2-kl')}),
+    'frontier': ('lam1', {m: [['--method', m, '--lam1', v] for v in ('0.2', '0.7', '2')]
+                              for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
     'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v]
-                            for v in ('0', '0.02', '0.1') if v != '0' or form == 'signed']
-                     for form in ('signed', 'abs', 'square')}),
-    'noise': ('t_start', {f'{k} steps, eta {eta}': [
-        ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t] for t in ('80', '200')]
-        for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
+                          for v in ('0', '0.02', '0.1')]
+                   for form in ('signed', 'abs', 'square')}),
+    'noise': ('t_start', {f'R of {k}, eta {eta}': [
+        ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t]
+        for t in ('40', '80', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
                               for m in ('sud2-kl', 'sud2')}),
+    'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
+        ('supervised', 'as it is'), ('sud2', 'as it is'), ('sud+reg+noise', 'as it is'),
+        ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
+        ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
+        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.2', '--sigma', '0.2'))}),
 }
+# what the defaults are, so that a setting that several ablations share is run once
+SAME = {'--pairs': '5', '--lam1': '0.7', '--lam2': '0.02', '--reg': 'signed', '--eta': '0',
+        '--r-steps': '3', '--t-start': '80', '--measurements': '1000', '--updates': '400'}
+
+
+def plain(*sizes, residual=False, **kind):
+    """The network without y added to its output."""
+    return UNet(*sizes, **kind)
 
 
 def run(flags, a):
     """Scores of one setting; the run's own lines go nowhere."""
-    out = Path(a.out) / '_'.join(f.strip('-') for f in flags).replace('+', '-')
-    line = [*flags, '--prior', a.prior, '--out', str(out), '--points', '4', *a.more]
-    with open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet):
-        sud2.main(sud2.parse(line))
+    pairs = list(zip(flags[::2], flags[1::2]))
+    if ('--lam2', '0') in pairs:                        # without L_reg its form is nothing
+        pairs = [p for p in pairs if p[0] != '--reg']
+    line = [f for k, v in pairs if SAME.get(k) != v for f in (k, v)]
+    name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
+    out = Path(a.out) / name
+    if '--sigma' not in line:                           # D_σ is then the finished run's
+        line += ['--prior', a.prior]
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(a.prior) / 'prior.pt', out)
+    network = plain if flags[-1] == 'plain' else UNet
+    with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
+          unittest.mock.patch.object(sud2, 'UNet', network)):
+        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', *a.more]))
     (seeds,) = json.loads((out / 'metrics.json').read_text())['methods'].values()
     print(' '.join(flags), *(f'{k} {seeds["0"][k]:.3f}' for k in ('psnr', 'psnr_hole', 'fd_prior')),
           flush=True)
     return seeds['0']
+
+
+def table_of(x_axis, points):
+    """Markdown table, a row a setting."""
+    keys = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
+    rows = ['| setting | ' + ' | '.join(sud2.COLUMNS[k][0] for k in keys) + ' |',
+            '|---|' + '---:|' * len(keys)]
+    for line, runs in points.items():
+        for s in runs:
+            setting = f'{line}, {x_axis} {s["flags"][-1]}' if s['flags'][2:] and x_axis else line
+            cells = [f'{s[k]:{sud2.COLUMNS[k][1]}}' for k in keys]
+            rows.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(rows)
+
+
+def panels_of(name, x_axis, points):
+    """What is plotted: PSNR and Fréchet distance against x, or one against the other."""
+    def series(key, x=lambda s: float(s['flags'][-1])):
+        return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
+    if name == 'frontier':
+        return [('PSNR against Frechet distance; lam1 0.2, 0.7, 2', 'FD-prior', 'dB',
+                 series('psnr', lambda s: s['fd_prior']))]
+    return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
+            ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
 
 
 def main():
@@ -58,16 +111,12 @@ def main():
         points = {line: [{'flags': flags, **run(flags, a)} for flags in settings]
                   for line, settings in lines.items()}
         sud2.write_json(ROOT / 'results' / f'ablation-{name}.json', {
-            'command': 'python benchmarks/ablations.py ' + ' '.join(sys.argv[1:]), 'lines': points})
-
-        def series(key, x=lambda s: float(s['flags'][-1]), points=points):
-            return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
-        panels = [('PSNR on the test images', x_axis, 'dB', series('psnr')),
-                  ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
-        if name == 'frontier':
-            panels = [('PSNR against FD-prior; along a line lam1 is 0.2, 0.7, 2', x_axis, 'dB',
-                       series('psnr', lambda s: s['fd_prior']))]
-        sud2.plot(panels, ROOT / 'assets' / f'{name}.png')
+            'command': 'python benchmarks/ablations.py ' + ' '.join(sys.argv[1:]),
+            'environment': {'torch': sud2.torch.__version__, 'processor': sud2.processor(),
+                            'threads': sud2.torch.get_num_threads()}, 'lines': points})
+        print(f'\n{table_of(x_axis, points)}\n', flush=True)
+        if x_axis:
+            sud2.plot(panels_of(name, x_axis, points), ROOT / 'assets' / f'{name}.png')
 
 
 if __name__ == '__main__':
