@@ -5,13 +5,13 @@
     python benchmarks/quality.py --prior runs/inpaint [--seconds 120]
 
 A DDPM is trained from nothing on the drawn faces, 32x32, batch 32: ours as `sud2.py` does it, in
-bf16 and in fp32; denoising-diffusion-pytorch and diffusers in fp32, as they come, with the optimiser
-of their own loops (Adam at 8e-5; AdamW at 1e-4, its warm-up cut to 50 steps). All predict noise in
-DDPM's linear schedule, with the same averaging of weights. Quality is the loss on 256 held-out faces,
-at fixed times and with fixed noise, and the Fréchet distance of 256 samples (10 steps of R from
-noise) to them, on the features of the finished prior in --prior; scoring is not counted in the time.
-Ours train for about --seconds in bf16 and as many steps in fp32; the peers until they reach ours'
-last loss and distance, and at most three times as long.
+bf16 and in fp32; denoising-diffusion-pytorch and diffusers in fp32, as they come, with the
+optimiser of their own loops (Adam at 8e-5; AdamW at 1e-4, its warm-up cut to 50 steps). All
+predict noise in DDPM's linear schedule, with the same averaging of weights. Quality is the loss on
+256 held-out faces, at fixed times and with fixed noise, and the Fréchet distance of 256 samples
+(10 steps of R from noise) to them, on the features of the finished prior in --prior; scoring is
+not counted in the time. Ours train for about --seconds in bf16 and as many steps in fp32; the
+peers until they reach ours' last loss and distance, and at most three times as long.
 """
 import argparse
 import copy
