@@ -32,7 +32,7 @@ ABLATIONS = {
                    for form in ('signed', 'abs', 'square')}),
     'noise': ('t_start', {f'R of {k}, eta {eta}': [
         ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t]
-        for t in ('40', '80', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
+        for t in ('80', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
@@ -41,7 +41,8 @@ ABLATIONS = {
         ('supervised', 'as it is'), ('sud2', 'as it is'), ('sud+reg+noise', 'as it is'),
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
-        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.2', '--sigma', '0.2'))}),
+        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.2', '--sigma', '0.2'),
+        ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
 SAME = {'--pairs': '5', '--lam1': '0.7', '--lam2': '0.02', '--reg': 'signed', '--eta': '0',
