@@ -140,6 +140,8 @@ def test_forward_operator_moments_and_seed():
     a = np.prod(1 - betas[:201])
     assert_close(out[0].mean().item(), 0.5 * math.sqrt(a), atol=0.006, rtol=0)
     assert_close(out[0].std().item(), math.sqrt(1 - a), atol=0.006, rtol=0)
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert_close(out[0], math.sqrt(a) * x + math.sqrt(1 - a) * eps, atol=1e-5, rtol=0)
 
 
 def test_schedule_values():
@@ -354,6 +356,15 @@ def test_sud2_kl_reaches_mean_and_variance_where_2_reaches_the_mode():
     assert_close(ends['denoise'], (0.0, 0.3), atol=0.04, rtol=0)
 
 
+def test_sud2_kl_trains_d_f_to_predict_the_noise(monkeypatch):
+    monkeypatch.setattr(ddpm, 'noise_like', lambda x, generator=None: torch.full_like(x, 0.7))
+    for answer, loss in ((0.7, 0.0), (0.2, 0.25)):
+        def fake(x_t, t, answer=answer):
+            return torch.full_like(x_t, answer)
+        got = sud2.entropy_label(torch.zeros(2, 3, 4, 4), fake, fake, sud2.parse([]), ACP, None)
+        assert_close(got[1].item(), loss, atol=1e-6, rtol=0)
+
+
 def test_paired_loss_and_total():
     x = torch.zeros(2, 3, 4, 4)
     assert_close(sud2.paired_loss(x + 0.5, x).item(), 0.25)
@@ -449,7 +460,7 @@ def test_cyclegan_losses_by_hand():
     gan = SimpleNamespace(to_x=lambda y: y + 0.5, to_y=lambda x: x - 0.25,
                           real_x=lambda x: torch.full((2, 1), 0.8),
                           real_y=lambda y: torch.full((2, 1), -1.0))
-    y, x = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    y, x = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 3.0)
     terms, fake_y, fake_x = cyclegan.generator_loss(gan, y, x)
     assert_close(terms['adversarial'].item(), 0.2**2 + 2.0**2)
     assert_close(terms['cycle'].item(), 10 * (0.25 + 0.25))
@@ -1036,7 +1047,7 @@ def test_embedded_split_is_disjoint_and_keeps_images_and_test_over_seeds():
     c = data.embedded('inpaint', **sizes, seed=0, validation=4)
     assert torch.equal(a.pairs_y, c.pairs_y) and not torch.equal(a.test_x, c.test_x)
     everything = torch.cat([a.pairs_x, a.measurements_x, a.images, a.test_x, c.test_x]).flatten(1)
-    assert len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
+    assert len(everything) == len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
     assert torch.equal(a.measurements[a.measurements != 128],
                        a.measurements_x[a.measurements != 128])
 
