@@ -990,7 +990,7 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
     g.add_argument('--lam1', type=weight, default=0.7, help='λ1, weight of L_denoiser')
     g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
-    g.add_argument('--sigma', type=real, default=0.5, help="σ = σ2 of D_σ, images in [-1, 1]")
+    g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')
     g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 500], metavar='T',

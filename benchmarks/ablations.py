@@ -41,7 +41,7 @@ ABLATIONS = {
         ('supervised', 'as it is'), ('sud2', 'as it is'), ('sud+reg+noise', 'as it is'),
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
-        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.2', '--sigma', '0.2'),
+        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
         ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
