@@ -825,7 +825,7 @@ def plot(panels, path, width=560, height=400):
     """
     k = 2                                               # drawn twice as large, then reduced
     names = list(dict.fromkeys(n for p in panels for n in p[3]))
-    hue = dict(zip([n for n in names if n not in COLOURS], OTHERS)) | COLOURS
+    hue = dict(zip([n for n in names if n not in COLOURS], OTHERS * len(names))) | COLOURS
     font, small = ImageFont.load_default(15 * k), ImageFont.load_default(13 * k)
     legend = 50 + max(int(small.getlength(n)) // k for n in names)
     sheet = Image.new('RGB', ((len(panels) * width + legend) * k, height * k), 'white')
