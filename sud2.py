@@ -214,6 +214,12 @@ def draw_times(low, high, n, g, device):
     return Group.own(torch.randint(low, high, (n * Group.world,), generator=g, device=device))
 
 
+def prior_times(T, n, g, device):
+    """n random times t < T that the DDPM learns, of this process: ln t ~ N(ln 120, 1.1²)."""
+    ln_t = math.log(120) + 1.1 * torch.randn(n * Group.world, generator=g, device=device)
+    return Group.own(ln_t.exp().clamp(max=T - 1).long())            # Dev. 8
+
+
 def learning_rate(step, steps, warmup=50):
     """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
     return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
@@ -417,7 +423,7 @@ def train_prior(run, images, which):
         x = batch_of(images, *batch, run.device)
         with run.amp():
             if diffusion:
-                t = draw_times(0, len(run.acp), len(x), noise, run.device)
+                t = prior_times(len(run.acp), len(x), noise, run.device)
                 loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
             else:
                 loss = ddpm.denoiser_loss(net, x, a.sigma, noise)

@@ -867,6 +867,19 @@ def test_learning_rate_and_batches():
     assert_close(both[1], both[0].flip(-1))
 
 
+def test_times_are_uniform_for_d_f_and_log_normal_for_the_prior(tmp_path, monkeypatch):
+    t = sud2.draw_times(20, 500, 10000, torch.Generator().manual_seed(0), 'cpu')
+    assert (t.min(), t.max()) == (20, 499) and t.double().mean() == pytest.approx(260, abs=5)
+    seen = []
+    monkeypatch.setattr(ddpm, 'ddpm_loss', lambda net, x, t, eps, acp: (
+        seen.append(t), net(x, t).square().mean())[1])
+    run = sud2.Setup(tiny(tmp_path, '--prior-steps', '20', '--prior-batch', '50'))
+    sud2.train_prior(run, torch.zeros(4, 3, 16, 16, dtype=torch.uint8), 'prior')
+    t = torch.cat(seen).double()
+    assert t.max() == 999 and t.median() == pytest.approx(120, rel=.1)
+    assert t.clamp(min=1).log().std() == pytest.approx(1.1, abs=.1)
+
+
 def test_gap_closed_is_measured_from_the_best_supervised_value():
     methods = {'supervised': {'0': {'psnr': 18.0, 'best_psnr': 20.0}},
                'sud2': {'0': {'psnr': 21.0}}, 'oracle': {'0': {'psnr': 24.0}}}
