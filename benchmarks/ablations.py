@@ -42,7 +42,8 @@ ABLATIONS = {
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
         ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
-        ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'))}),
+        ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'),
+        ('sud2', 'DDPM of uniform times', 'uniform'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
 SAME = {'--pairs': '5', '--lam1': '0.7', '--lam2': '0.02', '--reg': 'signed', '--eta': '0',
@@ -54,6 +55,15 @@ def plain(*sizes, residual=False, **kind):
     return UNet(*sizes, **kind)
 
 
+def uniform(T, n, g, device):
+    """Times for the DDPM's training as DDPM has them."""
+    return sud2.draw_times(0, T, n, g, device)
+
+
+# flags end in one of these where the code itself differs: what takes the place of what
+CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform)}
+
+
 def run(flags, a):
     """Scores of one setting; the run's own lines go nowhere."""
     pairs = list(zip(flags[::2], flags[1::2]))
@@ -62,14 +72,14 @@ def run(flags, a):
     line = [f for k, v in pairs if SAME.get(k) != v for f in (k, v)]
     name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
     out = Path(a.out) / name
-    if '--sigma' not in line:                           # D_σ is then the finished run's
+    if '--sigma' not in line and flags[-1] != 'uniform':    # priors are the finished run's
         line += ['--prior', a.prior]
-    else:
+    elif '--sigma' in line:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(a.prior) / 'prior.pt', out)
-    network = plain if flags[-1] == 'plain' else UNet
+    change = CHANGES.get(flags[-1], ('UNet', UNet))
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
-          unittest.mock.patch.object(sud2, 'UNet', network)):
+          unittest.mock.patch.object(sud2, *change)):
         sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', *a.more]))
     (seeds,) = json.loads((out / 'metrics.json').read_text())['methods'].values()
     print(' '.join(flags), *(f'{k} {seeds["0"][k]:.3f}' for k in ('psnr', 'psnr_hole', 'fd_prior')),

@@ -58,6 +58,8 @@ MUTATIONS = [
     ('metrics.py', '.sum(1, keepdim=True).sqrt() + 1e-10', '.sum(1, keepdim=True) + 1e-10'),
     ('metrics.py', 'if k in (3, 6):', 'if k in (3, 8):'),
     ('metrics.py', '(a - b).square(), w)', '(a - b).abs(), w)'),
+    ('sud2.py', 'math.log(120) + 1.1', 'math.log(60) + 1.1'),
+    ('sud2.py', 'math.log(120) + 1.1', 'math.log(120) + 2.2'),
     ('sud2.py', 'return (x - x_hat).square().mean()', 'return (x - x_hat).abs().mean()'),
     ('sud2.py', '(x_hat - label.detach()).square()', '(x_hat - label).square()'),
     ('sud2.py', 'return metrics.correlation(z, form)', 'return -metrics.correlation(z, form)'),

@@ -48,7 +48,8 @@ def contender(name, run, images, steps):
     def step(k):
         index, flip = sud2.draw_batch(g, len(images), 32)
         x = sud2.batch_of(images, index, flip, run.device)
-        t = torch.randint(1000, (32,), generator=g)
+        t = (sud2.prior_times(1000, 32, g, run.device) if ours else
+             torch.randint(1000, (32,), generator=g))
         with torch.autocast('cpu', torch.bfloat16, enabled=name == 'sud2'):
             loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, g), acp)
         lr = (run.a.prior_lr * sud2.learning_rate(k, steps) if ours else
