@@ -45,6 +45,14 @@ def agreement(pull, error, hole):
     return torch.cosine_similarity(pull.flatten(), error.flatten(), 0).item(), corr.item()
 
 
+def table_of(rows):
+    """Markdown table, a row a time."""
+    lines = [f'| {t} | ' + ' | '.join(f'{v:+.2f}' for pair in row.values() for v in pair) + ' |'
+             for t, row in rows.items()]
+    return '\n'.join(['| t | SUD: cosine | tone | sud2-kl: cosine | tone |',
+                      '|---:|---:|---:|---:|---:|', *lines])
+
+
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
@@ -80,9 +88,7 @@ def main():
         'tone_share_of_the_error': share.item(), 'cosine_and_tone_correlation': rows,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
                         'threads': torch.get_num_threads()}})
-    print('| t | SUD: cosine | tone | sud2-kl: cosine | tone |\n|---:|---:|---:|---:|---:|')
-    for t, row in rows.items():
-        print(f'| {t} | ' + ' | '.join(f'{v:+.2f}' for pair in row.values() for v in pair) + ' |')
+    print(table_of(rows))
 
 
 if __name__ == '__main__':
