@@ -35,7 +35,7 @@ ABLATIONS = {
         for t in ('80', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
-    'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '800', '2000')]
+    'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
                               for m in ('supervised', 'sud2-kl')}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
         ('supervised', 'as it is'), ('sud2', 'as it is'), ('sud+reg+noise', 'as it is'),
