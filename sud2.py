@@ -25,7 +25,7 @@ from pathlib import Path
 
 def load_libraries():
     """Imports what takes a second, so that --help and a mistyped flag answer at once."""
-    global copy, np, torch, Image, ImageDraw, ImageFont, ImageOps, UNet
+    global copy, np, torch, Image, ImageDraw, ImageFont, ImageOps, Muon, UNet
     global cyclegan, data, ddpm, metrics
     import copy
 
@@ -37,7 +37,7 @@ def load_libraries():
     import data
     import ddpm
     import metrics
-    from unet import UNet
+    from unet import Muon, UNet
 
 
 # ---------------------------------------------------------------------------- losses
@@ -156,7 +156,7 @@ class Group:
 
     @classmethod
     def join(cls, device):
-        """-> this process's device. Gradients are averaged as they arrive, see `spread`."""
+        """-> this process's device."""
         cls.rank, cls.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         noise_like, pooled = ddpm.noise_like, cyclegan.pooled
@@ -173,21 +173,25 @@ class Group:
         return x[cls.rank::cls.world]
 
     @classmethod
-    def spread(cls, net):
-        """Makes backward() average the gradients of net over the processes."""
-        def average(p):
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= cls.world
-        for p in net.parameters() if cls.world > 1 else ():
-            p.register_post_accumulate_grad_hook(average)
-        return net
+    def average(cls, opt, *_):
+        """Averages the gradients that opt is to use over the processes, in one message."""
+        if cls.world == 1:
+            return
+        grads = [p.grad for group in opt.param_groups for p in group['params']]
+        message = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(message)
+        for g, part in zip(grads, message.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g) / cls.world)
 
     @classmethod
     def gather(cls, x):
         """The whole batch's x (B, ...) from the processes' parts; gradients flow back."""
         if cls.world == 1:
             return x
-        parts = torch.distributed.nn.functional.all_gather(x.contiguous())
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for _ in range(cls.world)]
+        torch.distributed.all_gather(parts, x.detach().contiguous())
+        parts[cls.rank] = parts[cls.rank] + cls.world * (x - x.detach())    # `average` divides
         return torch.stack(parts, 1).flatten(0, 1)
 
     @classmethod
@@ -389,15 +393,17 @@ def generators(seed, device):
 
 
 def optimiser(net, lr):
-    """AdamW, as every network here is trained with."""
+    """AdamW, as f and D^f are trained with."""
     return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4, fused=True)
 
 
 def descend(loss, net, opt, lr):
     """One clipped gradient step at learning rate lr."""
-    opt.param_groups[0]['lr'] = lr
+    for group in opt.param_groups:
+        group['lr'] = lr
     opt.zero_grad()
     loss.backward()
+    Group.average(opt)
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     opt.step()
 
@@ -408,13 +414,13 @@ def train_prior(run, images, which):
     The weights returned are averaged over the steps (EMA). With --prior they are another run's.
     """
     a, diffusion = run.a, which == 'prior'
-    net = Group.spread(run.net(0, time=diffusion, residual=not diffusion))
+    net = run.net(0, time=diffusion, residual=not diffusion)
     ema = copy.deepcopy(net).requires_grad_(False)
     if a.prior:
         saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
         ema.load_state_dict(saved['parts']['ema'])
         return ema, saved['seconds']
-    opt = optimiser(net, a.prior_lr)
+    opt = Muon(net, a.prior_lr)                                     # Dev. 9
     draws, _, noise = generators(0, run.device)
     steps = a.prior_steps if diffusion else a.denoiser_steps
 
@@ -481,14 +487,14 @@ def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, (label, source, reg) = run.a, METHODS[method]
     lam1, lam2 = (1.0 if label in ('truth', 'CycleGAN') else a.lam1), (a.lam2 if reg else 0.0)
-    f = Group.spread(run.net(seed, residual=True))                  # Dev. 6
+    f = run.net(seed, residual=True)                                # Dev. 6
     opt = optimiser(f, a.lr)
     paired, unpaired, noise = generators(100 * seed, run.device)
     curve = []
     parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
              'curve': curve}
     if label == 'entropy':
-        fake = Group.spread(copy.deepcopy(models.prior).requires_grad_())
+        fake = copy.deepcopy(models.prior).requires_grad_()
         fake_opt = optimiser(fake, a.kl_lr)
         parts |= {'fake': fake, 'fake_opt': fake_opt}
     if source == 'ensemble':
@@ -551,8 +557,10 @@ def train_cyclegan(run, seed, split, score):
     gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size))
     if a.gan_batch > Group.world:   # torch's InstanceNorm is wrong backwards on one such image
         gan = gan.to(memory_format=torch.channels_last)
-    gan = Group.spread(gan.to(run.device))
+    gan = gan.to(run.device)
     opt_G, opt_D = cyclegan.optimisers(gan)
+    for opt in (opt_G, opt_D):
+        opt.register_step_pre_hook(Group.average)
     draws, _, _ = generators(100 * seed, run.device)
 
     def update(step):
@@ -1012,7 +1020,7 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
-    g.add_argument('--prior-lr', type=real, default=3e-3, help='their learning rate')
+    g.add_argument('--prior-lr', type=real, default=6e-3, help='their learning rate')
     g.add_argument('--gan-steps', type=count, default=1000, help='training steps of CycleGAN')
     g.add_argument('--gan-batch', type=count, default=8, help='its batch')
     g.add_argument('--width', type=count, default=64,

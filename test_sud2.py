@@ -29,7 +29,7 @@ import data
 import ddpm
 import metrics
 import sud2
-from unet import Attention, UNet
+from unet import Attention, Muon, UNet, orthogonalised
 
 HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
@@ -1027,6 +1027,32 @@ def test_unet_uses_time_and_every_weight():
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
+def test_muon_steps_along_all_singular_vectors_alike():
+    """Singular values from 0.02 to 1 come near 1, vectors stay; AdamW takes the other weights."""
+    for r, c in ((12, 40), (40, 12)):
+        u, _, vh = torch.linalg.svd(torch.randn(3, r, c), full_matrices=False)
+        s = torch.logspace(-1.7, 0, min(r, c)).expand(3, -1)
+        x = u.mT @ orthogonalised(u * s[:, None] @ vh) @ vh.mT
+        values = x.diagonal(dim1=1, dim2=2)
+        assert_close(x, torch.diag_embed(values), atol=1e-4, rtol=0)
+        assert values.min() > .65 and values.max() < 1.25
+    net = UNet(3, 3, 16)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    twin = [torch.nn.Parameter(p.clone()) for p in before.values()]
+    opt = Muon(net, 1e-3)
+    adam = torch.optim.AdamW(twin, 1e-3, (.9, .95), weight_decay=1e-4)
+    for p, q in zip(net.parameters(), twin):
+        p.grad, q.grad = (torch.randn_like(p),) * 2
+    opt.step()
+    adam.step()
+    for (n, p), q in zip(net.named_parameters(), twin):
+        if p.dim() == 4 and n not in ('stem.weight', 'head.weight'):
+            steps = torch.linalg.svdvals((before[n] - p.detach()).flatten(1))
+            assert steps.min() > 3e-3 * .3 and steps.max() < 3e-3 * 1.25, n
+        else:
+            assert_close(p, q, atol=1e-7, rtol=0)
+
+
 # --------------------------------------------------------- data
 def test_faces_are_reproducible_and_differ():
     x, hole = data.draw_faces(20, 32, seed=3)
@@ -1250,7 +1276,7 @@ def test_stopping_saves_and_says_how_to_go_on(tmp_path, number):
 
 
 def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
-    flags = [*TINY, '--out', tmp_path]
+    flags = [*TINY, '--method', 'supervised', '--out', tmp_path]
     first = start(*flags, '--prior-steps', '100000')
     wait_for((tmp_path / 'config.json').exists)
     second = start(*flags, '--prior-steps', '100000')

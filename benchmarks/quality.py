@@ -40,7 +40,7 @@ def contender(name, run, images, steps):
     net = speed.network(name.split(',')[0], 32)
     net = net.to(memory_format=torch.channels_last) if ours else net
     ema = copy.deepcopy(net).requires_grad_(False)
-    opt = {'sud2': lambda: sud2.optimiser(net, run.a.prior_lr),
+    opt = {'sud2': lambda: sud2.Muon(net, run.a.prior_lr),
            'diffusers': lambda: torch.optim.AdamW(net.parameters(), 1e-4),
            'denoising-diffusion-pytorch': lambda: torch.optim.Adam(net.parameters(), 8e-5),
            }[name.split(',')[0]]()

@@ -61,7 +61,8 @@ def jobs(net, size, batch, setting):
     acp, g = ddpm.alphas_cumprod(), torch.Generator().manual_seed(0)
     x = 2 * torch.rand(2 * batch, 3, size, size, generator=g) - 1
     t = torch.randint(1000, (2 * batch,), generator=g)
-    opt = torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
+    opt = (sud2.Muon(net, 1e-4) if isinstance(net, sud2.UNet) else
+           torch.optim.AdamW(net.parameters(), 1e-4, fused=True))
 
     def amp():
         return torch.autocast('cpu', torch.bfloat16, enabled=setting == 'bf16')
