@@ -80,6 +80,12 @@ MUTATIONS = [
     ('sud2.py', "(s['psnr'] - low) / (high - low)", "(s['psnr'] - low) / high"),
     ('sud2.py', 'x.flip(-1), x)', 'x.flip(-2), x)'),
     ('sud2.py', 'return both.chunk(2, 1)', 'return both.chunk(2, 1)[::-1]'),
+    ('unet.py', 'beta=-4.7750, alpha=2.0315', 'beta=4.7750, alpha=2.0315'),
+    ('unet.py', 'q @ factor, q @ a @ q', 'q @ factor, q @ a'),
+    ('unet.py', 'p.grad.lerp(m, .9).flatten(1)', 'p.grad.lerp(m, .9).transpose(0, 1).flatten(1)'),
+    ('unet.py', "alpha=3 * hidden['lr']", "alpha=-hidden['lr']"),
+    ('unet.py', "n.startswith(('stem', 'head'))", "n.startswith('stem')"),
+    ('unet.py', 'p.grad = None   ', 'p.grad = p.grad'),
     ('cyclegan.py', 'cycle * (l1_loss(gan.to_y(fake_x), y)', 'cycle * (l1_loss(gan.to_y(fake_x), x)'),
     ('cyclegan.py', 'identity * (l1_loss(gan.to_x(x), x)', 'identity * (l1_loss(gan.to_x(y), x)'),
     ('cyclegan.py', 'gan_loss(gan.real_x(fake_x), True)', 'gan_loss(gan.real_x(fake_x), False)'),
@@ -93,7 +99,7 @@ MUTATIONS = [
     ('data.py', '[u[:, i:i + size, j:j + size] for u in group]', '[u[:, i:i + size, i:i + size] for u in group]'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
-        'or number_of_processes or tables_are or foreign or huge or leaf_works')
+        'or number_of_processes or tables_are or foreign or huge or leaves_work')
 
 
 def killer(name, old, new):
