@@ -43,7 +43,8 @@ ABLATIONS = {
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
         ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
         ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'),
-        ('sud2', 'DDPM of uniform times', 'uniform'))}),
+        ('sud2', 'DDPM of uniform times', 'uniform'),
+        ('sud2', 'DDPM trained with AdamW', '--prior-lr', '3e-3', 'adamw'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
 SAME = {'--pairs': '5', '--lam1': '0.7', '--lam2': '0.02', '--reg': 'signed', '--eta': '0',
@@ -61,7 +62,8 @@ def uniform(T, n, g, device):
 
 
 # flags end in one of these where the code itself differs: what takes the place of what
-CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform)}
+CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
+           'adamw': ('Muon', sud2.optimiser)}
 
 
 def run(flags, a):
@@ -72,7 +74,7 @@ def run(flags, a):
     line = [f for k, v in pairs if SAME.get(k) != v for f in (k, v)]
     name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
     out = Path(a.out) / name
-    if '--sigma' not in line and flags[-1] != 'uniform':    # priors are the finished run's
+    if '--sigma' not in line and flags[-1] not in ('uniform', 'adamw'):     # its own priors
         line += ['--prior', a.prior]
     elif '--sigma' in line:
         out.mkdir(parents=True, exist_ok=True)
