@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""One small U-Net, from sud2. Copy freely; imports nothing else from this project.
+"""One small U-Net and the optimiser that trains it fast, from sud2. Copy freely; imports nothing
+else from this project.
 
 Images are float `(B, C, H, W)` in [-1, 1]; times t are long `(B,)`, t = 0 is the least noisy step.
 
