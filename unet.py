@@ -164,7 +164,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        rest, hidden = self.param_groups
+        hidden = self.param_groups[1]
         for shape in dict.fromkeys(p.shape for p in hidden['params']):
             same = [p for p in hidden['params'] if p.shape == shape]    # one batch of matrices
             averaged = []
@@ -173,7 +173,7 @@ class Muon(torch.optim.AdamW):
                 averaged.append(p.grad.lerp(m, .9).flatten(1))          # Nesterov
                 p.grad = None                                           # nothing left for AdamW
             for p, u in zip(same, orthogonalised(torch.stack(averaged))):
-                p.sub_(u.view(shape), alpha=3 * hidden['lr'])
+                p.sub_(u.reshape(shape), alpha=3 * hidden['lr'])
         super().step()
 
 
