@@ -332,8 +332,8 @@ def save(path, value):
 
 
 def multipliers(size):
-    """Channel multipliers of the U-Net's levels, for a bottleneck of 8 x 8 (or nearly)."""
-    return (1,) + (2,) * max(1, round(math.log2(size / 16)))
+    """Channel multipliers of the U-Net's levels, for a bottleneck of 4 x 4 (or nearly)."""
+    return (1,) + (2,) * round(math.log2(size / 8))
 
 
 class Setup:
@@ -900,7 +900,7 @@ QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'de
          'updates': 80, 'warmup': 30, 'gan_steps': 40}
 
 
-VERSION = 1             # of checkpoints: goes up when older ones can no longer be read
+VERSION = 2             # of checkpoints: goes up when older ones can no longer be read
 
 
 class Positive:
@@ -1017,8 +1017,8 @@ def flags_of_the_method(p, count, zero, real, weight):
                    help='measurements, and at most pairs, an update')
     g.add_argument('--lr', type=real, default=4e-4, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
-    g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
-    g.add_argument('--denoiser-steps', type=count, default=1000, help='training steps of D_σ')
+    g.add_argument('--prior-steps', type=count, default=3000, help='training steps of the DDPM')
+    g.add_argument('--denoiser-steps', type=count, default=1500, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=6e-3, help='their learning rate')
     g.add_argument('--gan-steps', type=count, default=1000, help='training steps of CycleGAN')

@@ -844,7 +844,7 @@ def test_checkpoints_of_another_task_or_version_are_refused(finished, tmp_path):
     saved = torch.load(finished / 'sud2-s0.pt', weights_only=True) | {'version': 0}
     torch.save(saved, tmp_path / 'old.pt')
     ask = ['--restore', str(tmp_path), '--out', str(tmp_path / 'out'), '--checkpoint']
-    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 1'),
+    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 2'),
                        ('none.pt', 'none.pt: not there, damaged, or not a checkpoint')):
         with pytest.raises(ValueError, match=said):
             sud2.main(sud2.parse([*ask, str(tmp_path / file)]))
@@ -1180,7 +1180,7 @@ def test_celeba_errors(celeba, tmp_path):
      (['--pairs', '0'], '--pairs: must be a whole number above 0'),
      (['--measurements', '-3'], '--measurements: must be'),
      (['--lr', 'nan'], '--lr: must be a number above 0'),
-     (['--size', '34'], '--size 34: must divide by 4'),
+     (['--size', '34'], '--size 34: must divide by 8'),
      (['--size', '4'], '--size 4: must be from 16'), (['--t-start', '1000'], '--t-start 1000'),
      (['--r-steps', '500'], '--r-steps 500'), (['--width', '20'], '--width 20'),
      (['--meth', 'sud'], 'unrecognized arguments'), (['--images', 'x'], '--images: needs --data')],

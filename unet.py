@@ -7,7 +7,7 @@ Images are float `(B, C, H, W)` in [-1, 1]; times t are long `(B,)`, t = 0 is th
     >>> net = UNet(3, 3, channels=32, mults=(1, 2), time=True)
     >>> x_t, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 999])
     >>> net(x_t, t).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([2, 3, 32, 32]), 554884)
+    (torch.Size([2, 3, 32, 32]), 394116)
 
 What makes it quick on a processor: a strided stem leaves full resolution at once and only a last,
 narrow convolution comes back to it, skips are added and not concatenated, attention stands at the
@@ -83,12 +83,13 @@ class UNet(nn.Module):
     """U-Net: (B, in_channels, H, W) -> (B, out_channels, H, W).
 
     Level i has channels * mults[i] channels at 1 / 2^(i+1) of the input's height and width (the
-    stem halves once), so both must divide by 2^len(mults). With time=True it takes t (B,), long,
-    as its second argument: the noise predictor of a DDPM. With residual=True the input is added to
-    the output: a reconstructor or a denoiser starts as the identity.
+    stem halves once), so both must divide by 2^len(mults). It has a block on the way down and one
+    on the way up; the last has one more and the attention between. With time=True the net takes
+    t (B,), long, as its second argument: the noise predictor of a DDPM. With residual=True the
+    input is added to the output: a reconstructor or a denoiser starts as the identity.
     """
 
-    def __init__(self, in_channels, out_channels, channels=64, mults=(1, 2), *,
+    def __init__(self, in_channels, out_channels, channels=64, mults=(1, 2, 2), *,
                  time=False, residual=False):
         super().__init__()
         self.channels, self.residual, self.factor = channels, residual, 2 ** len(mults)
@@ -97,17 +98,15 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim),
                                    nn.SiLU()) if time else None
         self.stem = nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)
-        self.encoder = nn.ModuleList(
-            nn.ModuleList([Block(w, dim), Block(w, dim)]) for w in widths)
+        self.encoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.down = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
-        self.attention = Attention(widths[-1])
+        self.middle, self.attention = Block(widths[-1], dim), Attention(widths[-1])
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.decoder = nn.ModuleList(
-            nn.ModuleList([Block(w, dim), Block(w, dim)]) for w in widths)
+        self.decoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.norm = group_norm(channels)
-        self.widen = nn.Conv2d(channels, 64, 3, padding=1)              # to 16 at full resolution
+        self.widen = nn.Conv2d(channels, 64, 1)                 # to 16 at full resolution
         self.head = nn.Conv2d(16 + in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -122,13 +121,12 @@ class UNet(nn.Module):
         dtype = self.stem.weight.dtype                  # bf16 weights work on float images
         emb = None if t is None else self.embed(time_embedding(t, self.channels).to(dtype))
         h, skips = self.stem(x.to(dtype)), []
-        for i, blocks in enumerate(self.encoder):
-            for block in blocks:
-                h = block(h, emb)
+        for i, block in enumerate(self.encoder):
+            h = block(h, emb)
             if i < len(self.down):
                 skips.append(h)
                 h = self.down[i](h)
-        return self.attention(h), skips, emb
+        return self.attention(self.middle(h, emb)), skips, emb
 
     def forward(self, x, t=None, latent=False):
         """-> (B, out_channels, H, W), with latent=True the pair of that and z (B, C', h, w)."""
@@ -137,8 +135,7 @@ class UNet(nn.Module):
         for i in reversed(range(len(self.decoder))):
             if i < len(self.up):
                 h = self.up[i](h) + skips[i]
-            for block in self.decoder[i]:
-                h = block(h, emb)
+            h = self.decoder[i](h, emb)
         h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), 2))
         out = self.head(torch.cat([h, x.to(h.dtype)], 1)).to(x.dtype)
         out = x + out if self.residual else out

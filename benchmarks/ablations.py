@@ -83,10 +83,11 @@ def run(flags, a):
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
         sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', *a.more]))
-    (seeds,) = json.loads((out / 'metrics.json').read_text())['methods'].values()
+    report = json.loads((out / 'metrics.json').read_text())
+    (seeds,) = report['methods'].values()
     print(' '.join(flags), *(f'{k} {seeds["0"][k]:.3f}' for k in ('psnr', 'psnr_hole', 'fd_prior')),
           flush=True)
-    return seeds['0']
+    return {**seeds['0'], 'eps_loss': report['prior']['eps_loss']}
 
 
 def table_of(x_axis, points):
