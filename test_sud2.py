@@ -1007,6 +1007,14 @@ def test_unet_shapes_and_errors():
         UNet(3, 3, 16)(torch.zeros(1, 3, 16, 16), t)
 
 
+def test_unet_starts_without_a_grid():
+    net = UNet(3, 3, 16)
+    h = torch.randn(2, 32, 4, 4)
+    larger = torch.nn.functional.pixel_shuffle(net.widen(h[:, :16]), 2)
+    for u in (larger, *(up(h) for up in net.up)):
+        assert_close(u, u[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
 def test_unet_residual_starts_as_the_identity_and_takes_bf16():
     net, x = UNet(3, 3, 16, residual=True), torch.randn(2, 3, 16, 16)
     assert torch.equal(net(x), x) and torch.equal(UNet(3, 3, 16)(x), 0 * x)

@@ -7,7 +7,7 @@ Images are float `(B, C, H, W)` in [-1, 1]; times t are long `(B,)`, t = 0 is th
     >>> net = UNet(3, 3, channels=32, mults=(1, 2), time=True)
     >>> x_t, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 999])
     >>> net(x_t, t).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([2, 3, 32, 32]), 394116)
+    (torch.Size([2, 3, 32, 32]), 410500)
 
 What makes it quick on a processor: a strided stem leaves full resolution at once and only a last,
 narrow convolution comes back to it, skips are added and not concatenated, attention stands at the
@@ -106,10 +106,15 @@ class UNet(nn.Module):
             nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
         self.decoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.norm = group_norm(channels)
-        self.widen = nn.Conv2d(channels, 64, 1)                 # to 16 at full resolution
+        self.widen = nn.Conv2d(channels, 64, 3, padding=1)              # to 16 at full resolution
         self.head = nn.Conv2d(16 + in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        with torch.no_grad():       # the 2x2 pixels made of one start alike: no grid (ICNR, 2017)
+            for up in self.up:
+                up.weight.copy_(up.weight[:, :, :1, :1].expand_as(up.weight))
+            for p in (self.widen.weight, self.widen.bias):
+                p.copy_(p[::4].repeat_interleave(4, 0))
 
     def encode(self, x, t=None):
         """-> (z, skips, emb): the latent z (B, C', h, w), one skip a finer level, embedded t."""
