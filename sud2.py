@@ -392,11 +392,6 @@ def generators(seed, device):
             torch.Generator(device).manual_seed(seed + 2))
 
 
-def optimiser(net, lr):
-    """AdamW, as f and D^f are trained with."""
-    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4, fused=True)
-
-
 def descend(loss, net, opt, lr):
     """One clipped gradient step at learning rate lr."""
     for group in opt.param_groups:
@@ -420,7 +415,7 @@ def train_prior(run, images, which):
         saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
         ema.load_state_dict(saved['parts']['ema'])
         return ema, saved['seconds']
-    opt = Muon(net, a.prior_lr)                                     # Dev. 9
+    opt = Muon(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
     steps = a.prior_steps if diffusion else a.denoiser_steps
 
@@ -488,14 +483,14 @@ def train(run, method, seed, split, models, score):
     a, (label, source, reg) = run.a, METHODS[method]
     lam1, lam2 = (1.0 if label in ('truth', 'CycleGAN') else a.lam1), (a.lam2 if reg else 0.0)
     f = run.net(seed, residual=True)                                # Dev. 6
-    opt = optimiser(f, a.lr)
+    opt = Muon(f, a.lr)                                             # Dev. 9
     paired, unpaired, noise = generators(100 * seed, run.device)
     curve = []
     parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
              'curve': curve}
     if label == 'entropy':
         fake = copy.deepcopy(models.prior).requires_grad_()
-        fake_opt = optimiser(fake, a.kl_lr)
+        fake_opt = Muon(fake, a.kl_lr)
         parts |= {'fake': fake, 'fake_opt': fake_opt}
     if source == 'ensemble':
         ensemble = Ensemble(len(split.measurements), split.measurements.shape[1:], run.device)
@@ -999,23 +994,23 @@ def flags_of_the_data(p, count, zero):
 def flags_of_the_method(p, count, zero, real, weight):
     """The paper's symbols, and how the networks are trained."""
     g = p.add_argument_group('method')
-    g.add_argument('--t-start', type=zero, default=80, help='F noises to this step, 0 .. 999')
+    g.add_argument('--t-start', type=zero, default=50, help='F noises to this step, 0 .. 999')
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
-    g.add_argument('--lam1', type=weight, default=0.7, help='λ1, weight of L_denoiser')
-    g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
+    g.add_argument('--lam1', type=weight, default=0.2, help='λ1, weight of L_denoiser')
+    g.add_argument('--lam2', type=weight, default=0.05, help='λ2, weight of L_reg')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')
-    g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 500], metavar='T',
+    g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 300], metavar='T',
                    help='sud2-kl: noise steps t are drawn from here')
-    g.add_argument('--kl-lr', type=real, default=2e-4, help='sud2-kl: learning rate of D^f')
+    g.add_argument('--kl-lr', type=real, default=1e-3, help='sud2-kl: learning rate of D^f')
     g = p.add_argument_group('optimisation')
     g.add_argument('--updates', type=count, default=400, help='updates of f')
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
                    help='measurements, and at most pairs, an update')
-    g.add_argument('--lr', type=real, default=4e-4, help='learning rate of f')
+    g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=3000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1500, help='training steps of D_σ')
@@ -1331,5 +1326,8 @@ if __name__ == '__main__':
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f'\nstopped; this goes on: python {shlex.join(sys.argv)}')
+    if Group.world > 1:         # gloo's threads now and then abort a process that ends in order
+        sys.stdout.flush()
+        os._exit(0)
 else:
     load_libraries()

@@ -787,7 +787,7 @@ def test_repeating_a_command_does_nothing_again(finished):
 
 
 def test_a_flag_that_differs_is_named(finished):
-    with pytest.raises(ValueError, match='--lam1 0.3.*config.json has 0.7'):
+    with pytest.raises(ValueError, match='--lam1 0.3.*config.json has 0.2'):
         sud2.main(tiny(finished, '--lam1', '0.3'))
 
 

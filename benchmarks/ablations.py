@@ -25,30 +25,33 @@ RUNGS = ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl')
 ABLATIONS = {
     'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
                         for m in ('supervised', 'sud2', 'sud2-kl')}),
-    'frontier': ('lam1', {m: [['--method', m, '--lam1', v] for v in ('0.2', '0.7', '2')]
-                              for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
+    'frontier': ('lam1', {m: [['--method', m, '--lam1', v] for v in ('0.06', '0.2', '0.6', '2')]
+                          for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
     'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v]
-                          for v in ('0', '0.02', '0.1')]
-                   for form in ('signed', 'abs', 'square')}),
+                            for v in ('0', '0.05', '0.2')]
+                     for form in ('signed', 'abs', 'square')}),
     'noise': ('t_start', {f'R of {k}, eta {eta}': [
         ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t]
-        for t in ('80', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
+        for t in ('50', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
                                           for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
                               for m in ('supervised', 'sud2-kl')}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
-        ('supervised', 'as it is'), ('sud2', 'as it is'), ('sud+reg+noise', 'as it is'),
+        ('supervised', 'as it is'), ('sud+reg+noise', 'as it is'), ('sud2', 'as it is'),
+        ('sud2-kl', 'as it is'), ('oracle', 'as it is'),
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
         ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
-        ('sud2-kl', 'as it is'), ('sud2-kl', 'D^f learns at 1e-3', '--kl-lr', '1e-3'),
-        ('sud2', 'DDPM of uniform times', 'uniform'),
-        ('sud2', 'DDPM trained with AdamW', '--prior-lr', '3e-3', 'adamw'))}),
+        ('sud2-kl', 't to 500', '--kl-range', '20 500'),
+        ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
+        *((m, 'f trained with AdamW', '--lr', '4e-4', '--kl-lr', '2e-4', 'adamw')
+          for m in ('supervised', 'sud2', 'sud2-kl', 'oracle')),
+        ('sud2', 'DDPM of uniform times', 'uniform'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
-SAME = {'--pairs': '5', '--lam1': '0.7', '--lam2': '0.02', '--reg': 'signed', '--eta': '0',
-        '--r-steps': '3', '--t-start': '80', '--measurements': '1000', '--updates': '400'}
+SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.05', '--reg': 'signed', '--eta': '0',
+        '--r-steps': '3', '--t-start': '50', '--measurements': '1000', '--updates': '400'}
 
 
 def plain(*sizes, residual=False, **kind):
@@ -61,9 +64,14 @@ def uniform(T, n, g, device):
     return sud2.draw_times(0, T, n, g, device)
 
 
+def adamw(net, lr):
+    """The optimiser of most other code."""
+    return sud2.torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4, fused=True)
+
+
 # flags end in one of these where the code itself differs: what takes the place of what
 CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
-           'adamw': ('Muon', sud2.optimiser)}
+           'adamw': ('Muon', adamw)}
 
 
 def run(flags, a):
@@ -71,10 +79,10 @@ def run(flags, a):
     pairs = list(zip(flags[::2], flags[1::2]))
     if ('--lam2', '0') in pairs:                        # without L_reg its form is nothing
         pairs = [p for p in pairs if p[0] != '--reg']
-    line = [f for k, v in pairs if SAME.get(k) != v for f in (k, v)]
+    line = [f for k, v in pairs if SAME.get(k) != v for f in (k, *v.split())]
     name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
     out = Path(a.out) / name
-    if '--sigma' not in line and flags[-1] not in ('uniform', 'adamw'):     # its own priors
+    if '--sigma' not in line and flags[-1] != 'uniform':     # its own priors
         line += ['--prior', a.prior]
     elif '--sigma' in line:
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +117,7 @@ def panels_of(name, x_axis, points):
         return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
     if name == 'frontier':              # a collapsed one would leave the others no room
         points = {line: [s for s in runs if s['fd_prior'] < 1] for line, runs in points.items()}
-        return [('PSNR against FD-prior below 1; lam1 0.2, 0.7, 2', 'FD-prior', 'dB',
+        return [('PSNR against FD-prior below 1; lam1 0.06 .. 2', 'FD-prior', 'dB',
                  series('psnr', lambda s: s['fd_prior']))]
     return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
             ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]

@@ -28,7 +28,7 @@ TIMES = (20, 80, 200, 300, 450)
 def trained_along(run, prior, x_hat, steps):
     """D^f: the prior, trained for so many steps on reconstructions x_hat that stay as they are."""
     fake, g = copy.deepcopy(prior).requires_grad_(), torch.Generator().manual_seed(0)
-    opt = sud2.optimiser(fake, run.a.kl_lr)
+    opt = sud2.Muon(fake, run.a.kl_lr)
     for _ in range(steps):
         batch = x_hat[sud2.draw_batch(g, len(x_hat), run.a.batch)[0]]
         with run.amp():
