@@ -32,8 +32,9 @@ SETTINGS = ('as it comes', 'fp32', 'bf16')          # the last two channels-last
 
 
 def network(name, size):
-    """-> a module called as net(x_t, t)."""
+    """-> a module called as net(x_t, t); a larger size has one level more, like ours."""
     torch.manual_seed(0)
+    widths = (32, 64, 128) if size <= 32 else (32, 64, 96, 128)
     if name == 'sud2':
         return UNet(3, 3, mults=sud2.multipliers(size), time=True)
     if name == 'diffusers':
@@ -42,10 +43,10 @@ def network(name, size):
         class Sample(UNet2DModel):
             def forward(self, x_t, t):
                 return super().forward(x_t, t).sample
-        return Sample(size, 3, 3, block_out_channels=(32, 64, 128), layers_per_block=1,
-                      norm_num_groups=8,
-                      down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D'),
-                      up_block_types=('AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'))
+        finer = len(widths) - 1
+        return Sample(size, 3, 3, block_out_channels=widths, layers_per_block=1, norm_num_groups=8,
+                      down_block_types=('DownBlock2D',) * finer + ('AttnDownBlock2D',),
+                      up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',) * finer)
     for part in ('torchvision', 'torchvision.transforms', 'torchvision.utils'):
         if part not in sys.modules:             # only its data loading and image grids want it
             stub = types.ModuleType(part)
@@ -53,7 +54,7 @@ def network(name, size):
             stub.T = stub.transforms = stub.utils = stub.save_image = stub
             sys.modules[part] = stub
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Unet
-    return Unet(dim=32, dim_mults=(1, 2, 4))
+    return Unet(dim=32, dim_mults=[w // 32 for w in widths])
 
 
 def jobs(net, size, batch, setting):
