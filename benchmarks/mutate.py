@@ -2,7 +2,7 @@
 # ruff: noqa: E501
 """Mutation test: changes one token of the code at a time and runs the tests, which must fail.
 
-    python benchmarks/mutate.py [FIRST [LAST]]
+    python benchmarks/mutate.py [FIRST [LAST]]          # results/mutations.txt is what it printed
 """
 import os
 import re
