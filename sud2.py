@@ -66,12 +66,13 @@ def total_loss(paired, denoiser, reg, lam1, lam2):
     return paired + lam1 * denoiser + lam2 * reg                    # Eq. (8)
 
 
-# What makes the pseudo-label, whose reconstruction of y_u it starts from, whether L_reg is on.
-Method = namedtuple('Method', 'label source reg', defaults=('f', False))
+# What makes the pseudo-label, whose reconstruction of y_u it starts from, λ1 where it is not the
+# flag's, whether L_reg is on, whether f also learns from pairs that g makes.
+Method = namedtuple('Method', 'label source lam1 reg made', defaults=('f', None, False, False))
 METHODS = {
     'supervised': Method(None),
     'cyclegan': Method(None),                                       # trained in a loop of its own
-    'cyclegan-ssl': Method('CycleGAN'),
+    'cyclegan-ssl': Method('CycleGAN', lam1=1.0),
     'sud': Method('denoise'),
     'sud-te': Method('denoise', source='ensemble'),
     'sud-mt': Method('denoise', source='teacher'),
@@ -79,7 +80,8 @@ METHODS = {
     'sud+reg+noise': Method('noise, denoise', reg=True),
     'sud2': Method('R∘F', reg=True),
     'sud2-kl': Method('entropy'),                                   # not in the paper
-    'oracle': Method('truth'),
+    'sud2-kl+g': Method('entropy', lam1=1.0, made=True),            # not in the paper
+    'oracle': Method('truth', lam1=1.0),
 }
 Models = namedtuple('Models', 'prior denoiser gan', defaults=(None, None))   # frozen; None: unused
 
@@ -119,6 +121,20 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
         D_f = ddpm.predict_x0(x_t, t, eps_f, acp, clip=False)
         D_x = ddpm.predict_x0(x_t, t, prior(x_t, t).float(), acp, clip=False)
     return x_hat - (D_f - D_x), (eps_f - eps).square().mean()
+
+
+def measured(g, x):
+    """Not in the paper: a measurement (B, C, H, W) of images x like it, by the learnt operator g.
+
+    The forward operator 𝓕 is unknown but is a function, from images to measurements, and examples
+    of it are at hand: the pairs, and f(y_u) with y_u. The U-Net g learns it from both, and turns
+    clean images x_u into as many pairs (g(x_u), x_u) for f: back-translation, as Sennrich et al.
+    2016 call it between languages. g(x) is x, covered: the net gives what covers and, through a
+    sigmoid, how much. Under a share of 1 nothing of x is left, where a sum would leave a trace
+    that f learns to read.
+    """
+    cover, share = g(x).float().chunk(2, 1)
+    return torch.lerp(x, cover, torch.sigmoid(4 * share - 2))       # starts near the identity
 
 
 # ---------------------------------------------------------------------------- training
@@ -362,10 +378,11 @@ class Setup:
     def amp(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def net(self, seed, **kind):
+    def net(self, seed, images=1, shrink=1, **kind):
         """A U-Net with initial weights of its own seed, the same for every method."""
         torch.manual_seed(seed)
-        net = UNet(self.a.channels, self.a.channels, self.a.width, self.mults, **kind)
+        channels = self.a.channels
+        net = UNet(channels, images * channels, self.a.width // shrink, self.mults, **kind)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, part):
@@ -480,8 +497,8 @@ def teacher_decay(step):
 
 def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
-    a, (label, source, reg) = run.a, METHODS[method]
-    lam1, lam2 = (1.0 if label in ('truth', 'CycleGAN') else a.lam1), (a.lam2 if reg else 0.0)
+    a, (label, source, lam1, reg, made) = run.a, METHODS[method]
+    lam1, lam2 = a.lam1 if lam1 is None else lam1, a.lam2 if reg else 0.0
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = Muon(f, a.lr)                                             # Dev. 9
     paired, unpaired, noise = generators(100 * seed, run.device)
@@ -492,13 +509,29 @@ def train(run, method, seed, split, models, score):
         fake = copy.deepcopy(models.prior).requires_grad_()
         fake_opt = Muon(fake, a.kl_lr)
         parts |= {'fake': fake, 'fake_opt': fake_opt}
+    if made:
+        g = run.net(seed, images=2, shrink=2)
+        g_opt = Muon(g, a.kl_lr)
+        parts |= {'g': g, 'g_opt': g_opt}
     if source == 'ensemble':
         ensemble = Ensemble(len(split.measurements), split.measurements.shape[1:], run.device)
         parts['ensemble'] = ensemble
     if source == 'teacher':
         teacher = parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
 
-    def unpaired_losses():
+    def made_pairs_loss(x, y, x_hat, y_u):
+        """L_paired on clean images and their measurements by g, which learns from pairs and f."""
+        batch = map(Group.own, draw_batch(unpaired, len(split.images), a.batch))
+        x_u = batch_of(split.images, *batch, run.device)
+        with run.amp():
+            with torch.no_grad():
+                made = measured(g, x_u)
+            loss = paired_loss(f(made), x_u)
+            y_hat = measured(g, torch.cat([x, x_hat])).tensor_split([len(x)])
+        descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), g, g_opt, a.kl_lr)
+        return loss
+
+    def unpaired_losses(x, y):
         batch = draw_batch(unpaired, len(split.measurements), a.batch)
         index, flip = map(Group.own, batch)
         y_u = batch_of(split.measurements, index, flip, run.device)
@@ -515,8 +548,11 @@ def train(run, method, seed, split, models, score):
                 target = pseudo_label(label, start, y_u, x_u, models, a, run.acp, noise)
         if label == 'entropy':
             descend(fake_loss, fake, fake_opt, a.kl_lr)
-        return {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
-                'corr': metrics.correlation(x_hat.detach())}
+        losses = {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
+                  'corr': metrics.correlation(x_hat.detach())}
+        if made:
+            losses['made'] = made_pairs_loss(x, y, x_hat.detach(), y_u)
+        return losses
 
     def update(step):
         x, y = pairs_batch(run, split, paired)
@@ -525,9 +561,10 @@ def train(run, method, seed, split, models, score):
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
         if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:   # Dev. 3
-            numbers |= unpaired_losses()
+            numbers |= unpaired_losses(x, y)
             ramp = 1 if source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
+            loss = loss + a.lam3 * numbers['made'] if made else loss
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
         if source == 'teacher':
             ddpm.ema_update(teacher, f, teacher_decay(step))
@@ -763,7 +800,7 @@ COLUMNS = {                     # key in metrics.json -> heading, format
 COLOURS = {'supervised': '#555555', 'cyclegan-ssl': '#8C564B', 'sud-te': '#F08080',
            'sud-mt': '#C49C94', 'sud': '#D55E00', 'sud+reg': '#E69F00',
            'sud+reg+noise': '#B8A000', 'sud2': '#0072B2', 'sud2-kl': '#CC79A7',
-           'oracle': '#009E73', 'truth': '#000000'}
+           'sud2-kl+g': '#7030A0', 'oracle': '#009E73', 'truth': '#000000'}
 OTHERS = ['#56B4E9', '#D55E00', '#009E73', '#E69F00']       # of lines that are no method
 
 
@@ -955,7 +992,8 @@ def command_line():
                '  python sud2.py --task inpaint --quick\n'
                '  python sud2.py --task dehaze --method all --seed 0 1 2\n'
                '  python sud2.py --task custom --data own --size 64\n'
-               '  python sud2.py --restore photos --checkpoint runs/custom/sud2-kl-s0.pt --out new')
+               '  python sud2.py --restore photos --out new '
+               '--checkpoint runs/custom/sud2-kl+g-s0.pt')
     count, zero, real, weight = (Positive(kind, zero=z) for kind in (int, float) for z in (0, 1))
     flags_of_the_data(p, count, zero)
     flags_of_the_method(p, count, zero, real, weight)
@@ -971,7 +1009,7 @@ def flags_of_the_data(p, count, zero):
     g.add_argument('--data', metavar='DIR', help='CelebAMask-HQ; O-HAZE, I-HAZE or SOTS; '
                    'your own. Without it, drawn images')
     g.add_argument('--images', metavar='DIR', help='more clean images for U_x')
-    g.add_argument('--method', nargs='+', default=['supervised', 'sud2', 'sud2-kl'],
+    g.add_argument('--method', nargs='+', default=['supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'],
                    choices=[*METHODS, 'all'],
                    metavar='NAME', help=f"of {', '.join(METHODS)}; or all")
     g.add_argument('--seed', nargs='+', type=zero, default=[0], metavar='N',
@@ -999,12 +1037,14 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
     g.add_argument('--lam1', type=weight, default=0.2, help='λ1, weight of L_denoiser')
     g.add_argument('--lam2', type=weight, default=0.05, help='λ2, weight of L_reg')
+    g.add_argument('--lam3', type=weight, default=0.2,
+                   help='sud2-kl+g: λ3, weight of L_paired on pairs that g makes')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')
     g.add_argument('--kl-range', nargs=2, type=zero, default=[20, 300], metavar='T',
                    help='sud2-kl: noise steps t are drawn from here')
-    g.add_argument('--kl-lr', type=real, default=1e-3, help='sud2-kl: learning rate of D^f')
+    g.add_argument('--kl-lr', type=real, default=1e-3, help='sud2-kl: learning rate of D^f, of g')
     g = p.add_argument_group('optimisation')
     g.add_argument('--updates', type=count, default=400, help='updates of f')
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
@@ -1163,7 +1203,7 @@ def plan(run):
     prior = 0 if a.prior else prior
     calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
     f = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
-        (3 + calls.get(METHODS[m].label, 1)) if METHODS[m].label else 0)
+        (3 + calls.get(METHODS[m].label, 1) + 4 * METHODS[m].made) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
     print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {a.pairs} pairs, '

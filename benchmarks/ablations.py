@@ -20,32 +20,36 @@ sys.path.insert(0, str(ROOT))
 import sud2  # noqa: E402
 from unet import UNet  # noqa: E402
 
-RUNGS = ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl')
+RUNGS = ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl', 'sud2-kl+g')
 # name -> (x axis, {line: [flags of each setting, the x value last]})
 ABLATIONS = {
     'pairs': ('pairs', {m: [['--method', m, '--pairs', n] for n in ('1', '5', '20', '100')]
-                        for m in ('supervised', 'sud2', 'sud2-kl')}),
-    'frontier': ('lam1', {m: [['--method', m, '--lam1', v] for v in ('0.06', '0.2', '0.6')]
-                          for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
+                        for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')}),
+    'frontier': ('lam', {m: [['--method', m, '--lam3' if m == 'sud2-kl+g' else '--lam1', v]
+                           for v in ('0.06', '0.2', '0.6')]
+                       for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
     'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v] for v in values]
                      for form, values in (('signed', ('0', '0.05', '0.2')), ('abs', ('0.05',)),
                                           ('square', ('0.05',)))}),
     'noise': ('t_start', {f'R of {k}, eta {eta}': [
         ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t]
         for t in ('50', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
-    'measurements': ('measurements', {m: [['--method', m, '--measurements', n]
-                                          for n in ('100', '1000')] for m in ('sud2', 'sud2-kl')}),
+    'measurements': ('measurements', {m: [['--method', m, '--measurements', n] for n in (
+        '100', '1000')] for m in ('sud2', 'sud2-kl', 'sud2-kl+g')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
-                              for m in ('supervised', 'sud2-kl')}),
+                              for m in ('supervised', 'sud2-kl', 'sud2-kl+g')}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
         ('supervised', 'as it is'), ('sud+reg+noise', 'as it is'), ('sud2', 'as it is'),
-        ('sud2-kl', 'as it is'), ('oracle', 'as it is'), ('sud', 'lam1 2', '--lam1', '2'),
+        ('sud2-kl', 'as it is'), ('sud2-kl+g', 'as it is'), ('oracle', 'as it is'),
+        ('sud', 'lam1 2', '--lam1', '2'),
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
         ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
         ('sud2', 'fp32', '--precision', 'fp32'),
         ('sud2-kl', 't to 500', '--kl-range', '20 500'),
         ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
+        ('sud2', 'with g', 'with-g'), ('sud2-kl+g', 'without L_denoiser', 'no-pull'),
+        ('sud2-kl+g', 'g(x) = x + network', 'sum'),
         *((m, 'f trained with AdamW', '--lr', '4e-4', '--kl-lr', '2e-4', 'adamw')
           for m in ('supervised', 'sud2', 'sud2-kl', 'oracle')))}),
     'priors': (None, {f'sud2, {what}': [['--method', 'sud2', *flags]] for what, *flags in (
@@ -53,8 +57,9 @@ ABLATIONS = {
         ('all trained with AdamW', '--prior-lr', '3e-3', '--lr', '4e-4', 'all-adamw'))}),
 }
 # what the defaults are, so that a setting that several ablations share is run once
-SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.05', '--reg': 'signed', '--eta': '0',
-        '--r-steps': '3', '--t-start': '50', '--measurements': '1000', '--updates': '400'}
+SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.05', '--lam3': '0.2',
+        '--reg': 'signed', '--eta': '0', '--r-steps': '3', '--t-start': '50',
+        '--measurements': '1000', '--updates': '400'}
 
 
 def plain(*sizes, residual=False, **kind):
@@ -74,7 +79,10 @@ def adamw(net, lr):
 
 # flags end in one of these where the code itself differs: what takes the place of what
 CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
-           'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw)}
+           'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw),
+           'with-g': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(made=True)}),
+           'sum': ('measured', lambda g, x: x + g(x).float().chunk(2, 1)[0]),
+           'no-pull': ('denoiser_loss', lambda x_hat, label: 0 * x_hat.mean())}
 
 
 def run(flags, a):
@@ -120,7 +128,7 @@ def panels_of(name, x_axis, points):
         return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
     if name == 'frontier':              # a collapsed one would leave the others no room
         points = {line: [s for s in runs if s['fd_prior'] < 1] for line, runs in points.items()}
-        return [('PSNR against FD-prior below 1; lam1 0.06, 0.2, 0.6', 'FD-prior', 'dB',
+        return [('PSNR against FD-prior below 1; weight 0.06, 0.2, 0.6', 'FD-prior', 'dB',
                  series('psnr', lambda s: s['fd_prior']))]
     return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
             ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]

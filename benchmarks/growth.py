@@ -3,8 +3,8 @@
 
     python benchmarks/growth.py
 
-Each setting is a process of its own that trains the DDPM, sud2 and sud2-kl for a few steps on
-random images; the minutes of a whole default run follow from these and are no measurement.
+Each setting is a process of its own that trains the DDPM and the default run's methods for a few
+steps on random images; the minutes of a whole default run follow from these and are no measurement.
 """
 import json
 import resource
@@ -43,7 +43,7 @@ def measure(flags, steps=10):
             run.log = lambda part: lambda *line: None
             prior, out['prior'] = sud2.train_prior(run, clean, 'prior')
             models = sud2.Models(prior)
-            for m in ('supervised', 'sud2', 'sud2-kl'):
+            for m in a.method:
                 out[m] = sud2.train(run, m, 0, split, models, lambda f: {})[2]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**{k: v / steps for k, v in out.items()}, 'peak_mib': peak}
@@ -52,17 +52,17 @@ def measure(flags, steps=10):
 def main():
     rows = []
     print('| changed flags | DDPM, ms a step | supervised, ms an update | sud2 | sud2-kl '
-          '| default run, minutes | peak MiB |\n|---|---:|---:|---:|---:|---:|---:|')
+          '| sud2-kl+g | default run, minutes | peak MiB |\n|---|' + '---:|' * 7)
     for flags in SETTINGS:
         code = f'import sys, json; sys.path.insert(0, {str(ROOT / "benchmarks")!r})\n' \
                f'import growth; print(json.dumps(growth.measure({flags!r})))'
         s = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                                       check=True).stdout.splitlines()[-1])
-        s['minutes'] = (3000 * s['prior'] + 400 * s['supervised']
-                        + sum(60 * s['supervised'] + 340 * s[m] for m in ('sud2', 'sud2-kl'))) / 60
+        s['minutes'] = (3000 * s['prior'] + 400 * s['supervised'] + sum(
+            60 * s['supervised'] + 340 * s[m] for m in ('sud2', 'sud2-kl', 'sud2-kl+g'))) / 60
         rows.append({'flags': flags, **s})
         print(f'| {" ".join(flags) or "none"} | ' + ' | '.join(
-            f'{1e3 * s[k]:.0f}' for k in ('prior', 'supervised', 'sud2', 'sud2-kl'))
+            f'{1e3 * s[k]:.0f}' for k in ('prior', 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'))
             + f' | {s["minutes"]:.1f} | {s["peak_mib"]:.0f} |', flush=True)
     sud2.write_json(ROOT / 'results' / 'bench-growth.json', {
         'command': 'python benchmarks/growth.py', 'settings': rows,
