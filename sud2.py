@@ -379,7 +379,8 @@ class Setup:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def net(self, seed, images=1, shrink=1, **kind):
-        """A U-Net with initial weights of its own seed, the same for every method."""
+        """A U-Net with initial weights of its own seed, the same for every method; it gives
+        `images` images and has 1 / shrink of --width."""
         torch.manual_seed(seed)
         channels = self.a.channels
         net = UNet(channels, images * channels, self.a.width // shrink, self.mults, **kind)
