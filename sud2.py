@@ -496,64 +496,87 @@ def teacher_decay(step):
     return min(1 - 1 / (step + 1), .999)
 
 
-def train(run, method, seed, split, models, score):
-    """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
-    a, (label, source, lam1, reg, made) = run.a, METHODS[method]
-    lam1, lam2 = a.lam1 if lam1 is None else lam1, a.lam2 if reg else 0.0
-    f = run.net(seed, residual=True)                                # Dev. 6
-    opt = Muon(f, a.lr)                                             # Dev. 9
-    paired, unpaired, noise = generators(100 * seed, run.device)
-    curve = []
-    parts = {'f': f, 'opt': opt, 'paired': paired, 'unpaired': unpaired, 'noise': noise,
-             'curve': curve}
-    if label == 'entropy':
-        fake = copy.deepcopy(models.prior).requires_grad_()
-        fake_opt = Muon(fake, a.kl_lr)
-        parts |= {'fake': fake, 'fake_opt': fake_opt}
-    if made:
-        g = run.net(seed, images=2, shrink=2)
-        g_opt = Muon(g, a.kl_lr)
-        parts |= {'g': g, 'g_opt': g_opt}
-    if source == 'ensemble':
-        ensemble = Ensemble(len(split.measurements), split.measurements.shape[1:], run.device)
-        parts['ensemble'] = ensemble
-    if source == 'teacher':
-        teacher = parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
+class Unpaired:
+    """The losses on unpaired images, and what a method trains or keeps for them beside f: D^f and
+    g with their optimisers, an ensemble of outputs or a mean teacher. `parts` is all of it."""
 
-    def made_pairs_loss(x, y, x_hat, y_u):
-        """L_paired on clean images and their measurements by g, which learns from pairs and f."""
-        batch = map(Group.own, draw_batch(unpaired, len(split.images), a.batch))
-        x_u = batch_of(split.images, *batch, run.device)
-        with run.amp():
-            with torch.no_grad():
-                made = measured(g, x_u)
-            loss = paired_loss(f(made), x_u)
-            y_hat = measured(g, torch.cat([x, x_hat])).tensor_split([len(x)])
-        descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), g, g_opt, a.kl_lr)
-        return loss
+    def __init__(self, run, method, seed, split, models, f):
+        self.run, self.method, self.split, self.models, self.f = run, method, split, models, f
+        _, self.draws, self.noise = generators(100 * seed, run.device)
+        self.parts = {'unpaired': self.draws, 'noise': self.noise}
+        if method.label == 'entropy':
+            self.fake = copy.deepcopy(models.prior).requires_grad_()
+            self.fake_opt = Muon(self.fake, run.a.kl_lr)
+            self.parts |= {'fake': self.fake, 'fake_opt': self.fake_opt}
+        if method.made:
+            self.g = run.net(seed, images=2, shrink=2)
+            self.g_opt = Muon(self.g, run.a.kl_lr)
+            self.parts |= {'g': self.g, 'g_opt': self.g_opt}
+        if method.source == 'ensemble':
+            n, *shape = split.measurements.shape
+            self.ensemble = self.parts['ensemble'] = Ensemble(n, shape, run.device)
+        if method.source == 'teacher':
+            self.teacher = self.parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
 
-    def unpaired_losses(x, y):
-        batch = draw_batch(unpaired, len(split.measurements), a.batch)
-        index, flip = map(Group.own, batch)
+    def batch(self, images):
+        """Indices and flips of this process's part of a mini-batch, and of the whole one."""
+        whole = draw_batch(self.draws, len(images), self.run.a.batch)
+        return *map(Group.own, whole), whole[0]
+
+    def start(self, x_hat, y_u, flip, index):
+        """What the pseudo-label is made from: f(y_u), its ensemble's or the teacher's output."""
+        if self.method.source == 'teacher':
+            return self.teacher(y_u)
+        if self.method.source == 'ensemble':
+            everyone = self.ensemble.update(index, Group.gather(mirrored(x_hat, flip)))
+            return mirrored(Group.own(everyone), flip)
+        return x_hat
+
+    def losses(self, x, y):
+        """One mini-batch of measurements -> L_denoiser, L_reg and, where g makes pairs, L_paired
+        on them. D^f and g take a step; x, y are the pairs of this update."""
+        run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
+        index, flip, whole = self.batch(split.measurements)
         y_u = batch_of(split.measurements, index, flip, run.device)
         x_u = batch_of(split.measurements_x, index, flip, run.device) if label == 'truth' else None
         with run.amp():
-            x_hat, z = f(y_u, latent=True)
-            start = teacher(y_u) if source == 'teacher' else x_hat.detach()
-            if source == 'ensemble':
-                everyone = ensemble.update(batch[0], Group.gather(mirrored(start, flip)))
-                start = mirrored(Group.own(everyone), flip)
+            x_hat, z = self.f(y_u, latent=True)
+            start = self.start(x_hat.detach(), y_u, flip, whole)
             if label == 'entropy':
-                target, fake_loss = entropy_label(start, models.prior, fake, a, run.acp, noise)
+                target, fake_loss = entropy_label(start, self.models.prior, self.fake, a, run.acp,
+                                                  self.noise)
             else:
-                target = pseudo_label(label, start, y_u, x_u, models, a, run.acp, noise)
+                target = pseudo_label(label, start, y_u, x_u, self.models, a, run.acp, self.noise)
         if label == 'entropy':
-            descend(fake_loss, fake, fake_opt, a.kl_lr)
+            descend(fake_loss, self.fake, self.fake_opt, a.kl_lr)
         losses = {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
                   'corr': metrics.correlation(x_hat.detach())}
-        if made:
-            losses['made'] = made_pairs_loss(x, y, x_hat.detach(), y_u)
+        if self.method.made:
+            losses['made'] = self.made_pairs_loss(x, y, x_hat.detach(), y_u)
         return losses
+
+    def made_pairs_loss(self, x, y, x_hat, y_u):
+        """L_paired on clean images and their measurements by g, which learns from pairs and f."""
+        run, images = self.run, self.split.images
+        x_u = batch_of(images, *self.batch(images)[:2], run.device)
+        with run.amp():
+            with torch.no_grad():
+                made = measured(self.g, x_u)
+            loss = paired_loss(self.f(made), x_u)
+            y_hat = measured(self.g, torch.cat([x, x_hat])).tensor_split([len(x)])
+        descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), self.g, self.g_opt,
+                run.a.kl_lr)
+        return loss
+
+
+def train(run, method, seed, split, models, score):
+    """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
+    a, m = run.a, METHODS[method]
+    lam1, lam2 = a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
+    f = run.net(seed, residual=True)                                # Dev. 6
+    opt = Muon(f, a.lr)                                             # Dev. 9
+    paired, curve = generators(100 * seed, run.device)[0], []
+    unpaired = Unpaired(run, m, seed, split, models, f)
 
     def update(step):
         x, y = pairs_batch(run, split, paired)
@@ -561,17 +584,18 @@ def train(run, method, seed, split, models, score):
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
-        if label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:   # Dev. 3
-            numbers |= unpaired_losses(x, y)
-            ramp = 1 if source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
+        if m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:     # Dev. 3
+            numbers |= unpaired.losses(x, y)
+            ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
-            loss = loss + a.lam3 * numbers['made'] if made else loss
+            loss = loss + a.lam3 * numbers['made'] if m.made else loss
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
-        if source == 'teacher':
-            ddpm.ema_update(teacher, f, teacher_decay(step))
+        if m.source == 'teacher':
+            ddpm.ema_update(unpaired.teacher, f, teacher_decay(step))
         note_score(a, curve, step, a.updates, score, f)
         return {k: v.detach() for k, v in numbers.items()}
 
+    parts = {'f': f, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
     seconds = fit(run, f'{method}-s{seed}', parts, update, a.updates, ['f', 'curve'],
                   {'kind': 'reconstructor', 'method': method})
     return f, curve, seconds

@@ -395,21 +395,27 @@ def test_g_learns_a_hole_that_moves_with_the_image():
 
 
 def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path, monkeypatch):
-    """The first update, of flat images: f is the identity yet and g(x) = (1 - sigmoid(-2)) x."""
+    """The first update, of flat images: f(y) = y + .1, say, and g(x) = (1 - sigmoid(-2)) x."""
     losses, run = [], sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
     x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
                           for v in (30, 90, 150, 250))
     split = data.Split(x_p, y_p, y_u, None, x_u, None, y_u)
-    descend = sud2.descend
+    descend, net = sud2.descend, run.net
+
+    def biased(seed, residual=False, **kind):
+        unet = net(seed, residual=residual, **kind)
+        unet.head.bias.data.fill_(0.1 if residual else 0)
+        return unet
+    monkeypatch.setattr(run, 'net', biased)
     monkeypatch.setattr(sud2, 'descend', lambda loss, *more: (
         losses.append(loss.item()), descend(loss, *more)))
     prior = run.net(0, time=True)
     sud2.train(run, 'sud2-kl+g', 0, split, sud2.Models(prior), lambda f: {})
     x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
     k = 1 / (1 + math.exp(-2))
-    made = (k * x_u - x_u) ** 2
-    assert losses[1] == pytest.approx((k * x_p - y_p) ** 2 + (k * y_u - y_u) ** 2, abs=1e-4)
-    assert losses[2] == pytest.approx((y_p - x_p) ** 2 + run.a.lam3 * made, abs=1e-4)
+    made = (k * x_u + 0.1 - x_u) ** 2
+    assert losses[1] == pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u + 0.1) - y_u) ** 2, abs=1e-4)
+    assert losses[2] == pytest.approx((y_p + 0.1 - x_p) ** 2 + run.a.lam3 * made, abs=1e-4)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert log[-1]['made'] == pytest.approx(made, abs=1e-4)
 

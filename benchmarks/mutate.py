@@ -74,7 +74,7 @@ MUTATIONS = [
     ('sud2.py', 'sigmoid(4 * share - 2)', 'sigmoid(4 * share + 2)'),
     ('sud2.py', 'paired_loss(y_hat[1], y_u)', 'paired_loss(y_hat[1], x_hat)'),
     ('sud2.py', 'paired_loss(y_hat[0], y) +', 'paired_loss(y_hat[0], x) +'),
-    ('sud2.py', 'paired_loss(f(made), x_u)', 'paired_loss(f(x_u), made)'),
+    ('sud2.py', 'paired_loss(self.f(made), x_u)', 'paired_loss(self.f(x_u), made)'),
     ('sud2.py', 'loss + a.lam3 *', 'loss + a.lam2 *'),
     ('sud2.py', "'sud2-kl+g': Method('entropy', lam1=1.0, made=True)", "'sud2-kl+g': Method('entropy', lam1=1.0)"),
     ('sud2.py', "    'sud2': Method('R∘F', reg=True)", "    'sud2': Method('R∘F')"),
