@@ -395,7 +395,7 @@ def test_g_learns_a_hole_that_moves_with_the_image():
 
 
 def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path, monkeypatch):
-    """The first update, of flat images: f(y) = y + .1, say, and g(x) = (1 - sigmoid(-2)) x."""
+    """The first update, of flat images: f(y) = y - .2, say, and g(x) = (1 - sigmoid(-2)) x."""
     losses, run = [], sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
     x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
                           for v in (30, 90, 150, 250))
@@ -404,7 +404,7 @@ def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path,
 
     def biased(seed, residual=False, **kind):
         unet = net(seed, residual=residual, **kind)
-        unet.head.bias.data.fill_(0.1 if residual else 0)
+        unet.head.bias.data.fill_(-0.2 if residual else 0)
         return unet
     monkeypatch.setattr(run, 'net', biased)
     monkeypatch.setattr(sud2, 'descend', lambda loss, *more: (
@@ -413,9 +413,9 @@ def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path,
     sud2.train(run, 'sud2-kl+g', 0, split, sud2.Models(prior), lambda f: {})
     x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
     k = 1 / (1 + math.exp(-2))
-    made = (k * x_u + 0.1 - x_u) ** 2
-    assert losses[1] == pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u + 0.1) - y_u) ** 2, abs=1e-4)
-    assert losses[2] == pytest.approx((y_p + 0.1 - x_p) ** 2 + run.a.lam3 * made, abs=1e-4)
+    made = (k * x_u - 0.2 - x_u) ** 2
+    assert losses[1] == pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
+    assert losses[2] == pytest.approx((y_p - 0.2 - x_p) ** 2 + run.a.lam3 * made, abs=1e-4)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert log[-1]['made'] == pytest.approx(made, abs=1e-4)
 
