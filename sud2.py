@@ -474,7 +474,8 @@ class Ensemble:
 
     def update(self, index, x_hat):
         """Z <- αZ + (1 - α) x_hat (B, C, H, W) at index (B,) -> Z / (1 - α^visits)."""
-        self.Z[index] = torch.lerp(x_hat.float(), self.Z[index], self.alpha)
+        for i, z in zip(index, torch.lerp(x_hat.float(), self.Z[index], self.alpha)):
+            self.Z[i] = z       # in turn: threads at once would race where an image is drawn twice
         self.visits[index] += 1
         return self.Z[index] / (1 - self.alpha ** self.visits[index]).view(-1, 1, 1, 1)
 

@@ -491,6 +491,11 @@ def test_temporal_ensemble_is_the_bias_corrected_average():
     expected = (0.6 * 0.4 * 1 + 0.4 * 3) / (1 - 0.6**2)
     assert_close(ensemble.update(index, second), torch.full((2, 1, 2, 2), expected))
     assert ensemble.visits.tolist() == [2, 0, 2] and (ensemble.Z[1] == 0).all()
+    many = torch.randn(64, 3, 32, 32)
+    for _ in range(20):                 # of an image drawn often the last stays, with any threads
+        ensemble = sud2.Ensemble(1, many.shape[1:], 'cpu')
+        ensemble.update(torch.zeros(64, dtype=torch.long), many)
+        assert_close(ensemble.Z[0], 0.4 * many[-1])
     assert sud2.ramp_up(0, 10) == pytest.approx(math.exp(-5)) and sud2.ramp_up(10, 10) == 1
     assert [sud2.teacher_decay(k) for k in (0, 1, 3, 10**6)] == [0, 0.5, 0.75, 0.999]
 
