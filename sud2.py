@@ -520,9 +520,9 @@ class Unpaired:
             self.teacher = self.parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
 
     def batch(self, images):
-        """Indices and flips of this process's part of a mini-batch, and of the whole one."""
-        whole = draw_batch(self.draws, len(images), self.run.a.batch)
-        return *map(Group.own, whole), whole[0]
+        """Indices and flips of this process's part of a mini-batch, and all of its indices."""
+        drawn = draw_batch(self.draws, len(images), self.run.a.batch)
+        return *map(Group.own, drawn), drawn[0]
 
     def start(self, x_hat, y_u, flip, index):
         """What the pseudo-label is made from: f(y_u), its ensemble's or the teacher's output."""
@@ -537,12 +537,12 @@ class Unpaired:
         """One mini-batch of measurements -> L_denoiser, L_reg and, where g makes pairs, L_paired
         on them. D^f and g take a step; x, y are the pairs of this update."""
         run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
-        index, flip, whole = self.batch(split.measurements)
+        index, flip, drawn = self.batch(split.measurements)
         y_u = batch_of(split.measurements, index, flip, run.device)
         x_u = batch_of(split.measurements_x, index, flip, run.device) if label == 'truth' else None
         with run.amp():
             x_hat, z = self.f(y_u, latent=True)
-            start = self.start(x_hat.detach(), y_u, flip, whole)
+            start = self.start(x_hat.detach(), y_u, flip, drawn)
             if label == 'entropy':
                 target, fake_loss = entropy_label(start, self.models.prior, self.fake, a, run.acp,
                                                   self.noise)
