@@ -174,18 +174,13 @@ def surroundings(p, u, n, chance):
 
 
 class Canvas:
-    """Images (B, 3, size, size) that are painted on, and the faces' own, turned coordinates."""
+    """Images (n, 3, size, size) that are painted on, with the coordinates of their pixels."""
 
-    def __init__(self, p, size):
+    def __init__(self, n, size, width=2):
         centre = (torch.arange(size) + .5) / size * 2 - 1
         self.x, self.y = centre.view(1, 1, 1, -1), centre.view(1, 1, -1, 1)
-        self.pixel = 2 / 1.18 / size                  # in units of the head
-        cos, sin = p['tilt'].cos(), p['tilt'].sin()
-        x, y = (self.x - p['cx']) / 1.18, (self.y - p['cy']) / 1.18 - .5
-        self.u, self.v = cos * x + sin * y, -sin * x + cos * y + .5     # heads turn about the neck
-        self.shade = 1 + p['strength'] * ((self.x - p['cx']) * p['light'].cos()
-                                          + (self.y - p['cy']) * p['light'].sin())
-        self.image = torch.zeros(len(p['tilt']), 3, size, size)
+        self.pixel = width / size                       # of a canvas that is `width` units wide
+        self.image = torch.zeros(n, 3, size, size)
 
     def cover(self, d):
         """Share of each pixel covered by the region where the signed distance d < 0."""
@@ -198,6 +193,18 @@ class Canvas:
 
     def paint(self, colour, share):
         self.image = torch.lerp(self.image, torch.as_tensor(colour), share)
+
+
+class Portrait(Canvas):
+    """A canvas of faces with their own, turned coordinates u, v, and the light on them."""
+
+    def __init__(self, p, size):
+        super().__init__(len(p['tilt']), size, 2 / 1.18)
+        cos, sin = p['tilt'].cos(), p['tilt'].sin()
+        x, y = (self.x - p['cx']) / 1.18, (self.y - p['cy']) / 1.18 - .5
+        self.u, self.v = cos * x + sin * y, -sin * x + cos * y + .5     # heads turn about the neck
+        self.shade = 1 + p['strength'] * ((self.x - p['cx']) * p['light'].cos()
+                                          + (self.y - p['cy']) * p['light'].sin())
 
 
 def paint_background(c, p):
@@ -357,7 +364,7 @@ def paint_front_hair(c, p):
 
 def paint_faces(p, size):
     """Faces with parameters p -> images float (B, 3, size, size) in [0, 1], holes bool."""
-    c = Canvas(p, size)
+    c = Portrait(p, size)
     paint_background(c, p)
     paint_back_hair(c, p)
     paint_body(c, p)
@@ -454,11 +461,8 @@ class View(Canvas):
     """A canvas of scenes that keeps the depth (B, 1, size, size) of what is painted."""
 
     def __init__(self, p, size):
-        centre = (torch.arange(size) + .5) / size * 2 - 1
-        self.x, self.y = centre.view(1, 1, 1, -1), centre.view(1, 1, -1, 1)
-        self.pixel = 2 / size
+        super().__init__(len(p['horizon']), size)
         self.below = self.y - p['horizon']
-        self.image = torch.zeros(len(p['horizon']), 3, size, size)
         self.depth = torch.full((len(p['horizon']), 1, size, size), FAR)
 
     def place(self, colour, share, depth):

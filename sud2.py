@@ -979,6 +979,9 @@ class Positive:
         return value
 
 
+count, zero, real, weight = (Positive(kind, zero=z) for kind in (int, float) for z in (0, 1))
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Wide help with defaults, with N for a whole number and X for another."""
 
@@ -1020,14 +1023,13 @@ def command_line():
                '  python sud2.py --task custom --data own --size 64\n'
                '  python sud2.py --restore photos --out new '
                '--checkpoint runs/custom/sud2-kl+g-s0.pt')
-    count, zero, real, weight = (Positive(kind, zero=z) for kind in (int, float) for z in (0, 1))
-    flags_of_the_data(p, count, zero)
-    flags_of_the_method(p, count, zero, real, weight)
-    flags_of_the_run(p, weight)
+    flags_of_the_data(p)
+    flags_of_the_method(p)
+    flags_of_the_run(p)
     return p
 
 
-def flags_of_the_data(p, count, zero):
+def flags_of_the_data(p):
     """What is undone, with which images, methods and seeds, of which size."""
     g = p.add_argument_group('what to run')
     g.add_argument('--task', choices=['inpaint', 'dehaze', 'custom'], default='inpaint',
@@ -1055,7 +1057,7 @@ def flags_of_the_data(p, count, zero):
     g.add_argument('--quick', action='store_true', help='a first picture in a minute: tiny sizes')
 
 
-def flags_of_the_method(p, count, zero, real, weight):
+def flags_of_the_method(p):
     """The paper's symbols, and how the networks are trained."""
     g = p.add_argument_group('method')
     g.add_argument('--t-start', type=zero, default=50, help='F noises to this step, 0 .. 999')
@@ -1091,7 +1093,7 @@ def flags_of_the_method(p, count, zero, real, weight):
     g.add_argument('--points', type=count, default=8, help='scores taken along the way')
 
 
-def flags_of_the_run(p, weight):
+def flags_of_the_run(p):
     """Where things lie, on what the run computes, and restoring."""
     g = p.add_argument_group('run')
     g.add_argument('--out', metavar='DIR', help='output folder; without it runs/TASK')
