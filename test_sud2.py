@@ -970,11 +970,12 @@ def test_ssim_of_constants_and_scale():
     expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
     assert_close(metrics.ssim(x, y, data_range=1).item(), expected, atol=1e-5, rtol=0)
     g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(40, 3, 16, 20, generator=g), torch.rand(40, 3, 16, 20, generator=g)
+    x, y = torch.rand(2, 150, 3, 16, 20, generator=g)           # more than a chunk
     assert_close(metrics.ssim(x, y, data_range=1), metrics.ssim(255 * x, 255 * y, data_range=255),
                  atol=1e-5, rtol=0)
-    assert_close(metrics.ssim(x, x, data_range=1), torch.ones(40))
-    assert metrics.ssim(x, y, data_range=1).shape == (40,)
+    assert_close(metrics.ssim(x, x, data_range=1), torch.ones(150))
+    last = metrics.ssim(x[140:], y[140:], data_range=1)
+    assert_close(metrics.ssim(x, y, data_range=1)[140:], last)
     with pytest.raises(ValueError, match='11 x 11'):
         metrics.ssim(x[..., :10], y[..., :10], data_range=1)
 
