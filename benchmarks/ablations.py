@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import sys
 import unittest.mock
 from pathlib import Path
@@ -56,6 +57,7 @@ ABLATIONS = {
         ('as it is',), ('DDPM of uniform times', 'uniform'),
         ('all trained with AdamW', '--prior-lr', '3e-3', '--lr', '4e-4', 'all-adamw'))}),
 }
+KEYS = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
 # what the defaults are, so that a setting that several ablations share is run once
 SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.05', '--lam3': '0.2',
         '--reg': 'signed', '--eta': '0', '--r-steps': '3', '--t-start': '50',
@@ -86,7 +88,7 @@ CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
 
 
 def run(flags, a):
-    """Scores of one setting; the run's own lines go nowhere."""
+    """-> {seed: scores} of one setting and its DDPM's loss; the run's own lines go nowhere."""
     pairs = list(zip(flags[::2], flags[1::2]))
     if ('--lam2', '0') in pairs:                        # without L_reg its form is nothing
         pairs = [p for p in pairs if p[0] != '--reg']
@@ -101,35 +103,37 @@ def run(flags, a):
     change = CHANGES.get(flags[-1], ('UNet', UNet))
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
-        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', *a.more]))
+        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', '--seed', *a.seed,
+                              *a.more]))
     report = json.loads((out / 'metrics.json').read_text())
     (seeds,) = report['methods'].values()
-    print(' '.join(flags), *(f'{k} {seeds["0"][k]:.3f}' for k in ('psnr', 'psnr_hole', 'fd_prior')),
-          flush=True)
-    return {**seeds['0'], 'eps_loss': report['prior']['eps_loss']}
+    seeds = {seed: {k: s[k] for k in KEYS} for seed, s in seeds.items()}
+    print(*flags, *(f'{k} {mean(seeds, k):.3f}' for k in KEYS), flush=True)
+    return {'seeds': seeds, 'eps_loss': report['prior']['eps_loss']}
+
+
+def mean(seeds, key):
+    """Mean of one score over the seeds."""
+    return statistics.mean(s[key] for s in seeds.values())
 
 
 def table_of(x_axis, points):
     """Markdown table, a row a setting."""
-    keys = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
-    rows = ['| setting | ' + ' | '.join(sud2.COLUMNS[k][0] for k in keys) + ' |',
-            '|---|' + '---:|' * len(keys)]
-    for line, runs in points.items():
-        for s in runs:
-            setting = f'{line}, {x_axis} {s["flags"][-1]}' if s['flags'][2:] and x_axis else line
-            cells = [f'{s[k]:{sud2.COLUMNS[k][1]}}' for k in keys]
-            rows.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows)
+    rows = {f'{line}, {x_axis} {s["flags"][-1]}' if s['flags'][2:] and x_axis else line: s['seeds']
+            for line, runs in points.items() for s in runs}
+    return sud2.table(rows).replace('| method |', '| setting |', 1)
 
 
 def panels_of(name, x_axis, points):
     """What is plotted: PSNR and Fréchet distance against x, or one against the other."""
-    def series(key, x=lambda s: float(s['flags'][-1])):
-        return {line: [[(x(s), s[key]) for s in runs]] for line, runs in points.items()}
+    def series(key):
+        return {line: [[(float(s['flags'][-1]), s['seeds'][seed][key]) for s in runs]
+                       for seed in runs[0]['seeds']] for line, runs in points.items()}
     if name == 'frontier':              # a collapsed one would leave the others no room
-        points = {line: [s for s in runs if s['fd_prior'] < 1] for line, runs in points.items()}
+        means = {line: [[(mean(s['seeds'], 'fd_prior'), mean(s['seeds'], 'psnr')) for s in runs]]
+                 for line, runs in points.items()}
         return [('PSNR against FD-prior below 1; weight 0.06, 0.2, 0.6', 'FD-prior', 'dB',
-                 series('psnr', lambda s: s['fd_prior']))]
+                 {line: [[p for p in means[line][0] if p[0] < 1]] for line in means})]
     return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
             ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
 
@@ -139,6 +143,7 @@ def main():
     p.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ABLATIONS)}; or all')
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
+    p.add_argument('--seed', nargs='+', default=['0', '1', '2'], metavar='N')
     a, a.more = p.parse_known_args()
     for name in a.names or ABLATIONS:
         x_axis, lines = ABLATIONS[name]
