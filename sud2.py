@@ -979,6 +979,7 @@ class Positive:
         return value
 
 
+# flags that are whole above 0, whole from 0, real above 0, real from 0
 count, zero, real, weight = (Positive(kind, zero=z) for kind in (int, float) for z in (0, 1))
 
 

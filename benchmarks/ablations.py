@@ -88,7 +88,7 @@ CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
 
 
 def run(flags, a):
-    """-> {seed: scores} of one setting and its DDPM's loss; the run's own lines go nowhere."""
+    """One setting -> its seeds' scores and its DDPM's loss; the run's own lines go nowhere."""
     pairs = list(zip(flags[::2], flags[1::2]))
     if ('--lam2', '0') in pairs:                        # without L_reg its form is nothing
         pairs = [p for p in pairs if p[0] != '--reg']
@@ -103,7 +103,7 @@ def run(flags, a):
     change = CHANGES.get(flags[-1], ('UNet', UNet))
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
-        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', '--seed', *a.seed,
+        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', '--seed', '0', '1', '2',
                               *a.more]))
     report = json.loads((out / 'metrics.json').read_text())
     (seeds,) = report['methods'].values()
@@ -126,14 +126,14 @@ def table_of(x_axis, points):
 
 def panels_of(name, x_axis, points):
     """What is plotted: PSNR and Fréchet distance against x, or one against the other."""
+    if name == 'frontier':              # a collapsed one would leave the others no room
+        means = {line: [[(mean(s['seeds'], 'fd_prior'), mean(s['seeds'], 'psnr')) for s in runs
+                         if mean(s['seeds'], 'fd_prior') < 1]] for line, runs in points.items()}
+        return [('PSNR against FD-prior below 1; weight 0.06, 0.2, 0.6', 'FD-prior', 'dB', means)]
+
     def series(key):
         return {line: [[(float(s['flags'][-1]), s['seeds'][seed][key]) for s in runs]
                        for seed in runs[0]['seeds']] for line, runs in points.items()}
-    if name == 'frontier':              # a collapsed one would leave the others no room
-        means = {line: [[(mean(s['seeds'], 'fd_prior'), mean(s['seeds'], 'psnr')) for s in runs]]
-                 for line, runs in points.items()}
-        return [('PSNR against FD-prior below 1; weight 0.06, 0.2, 0.6', 'FD-prior', 'dB',
-                 {line: [[p for p in means[line][0] if p[0] < 1]] for line in means})]
     return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
             ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
 
@@ -143,7 +143,6 @@ def main():
     p.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ABLATIONS)}; or all')
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
-    p.add_argument('--seed', nargs='+', default=['0', '1', '2'], metavar='N')
     a, a.more = p.parse_known_args()
     for name in a.names or ABLATIONS:
         x_axis, lines = ABLATIONS[name]
