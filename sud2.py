@@ -348,8 +348,10 @@ def save(path, value):
 
 
 def multipliers(size):
-    """Channel multipliers of the U-Net's levels, for a bottleneck of 4 x 4 (or nearly)."""
-    return (1,) + (2,) * round(math.log2(size / 8))
+    """Channel multipliers of the levels, down to a bottleneck of 4 x 4 or nearly: of f's, which
+    begin at half of the size, times --width; and of the DDPM's, at the size, times a quarter."""
+    halvings = round(math.log2(size / 8))
+    return (1,) + (2,) * halvings, (2, 3, 4) + (8,) * (halvings - 1)
 
 
 class Setup:
@@ -371,19 +373,20 @@ class Setup:
                                  f'by the number of processes, {Group.world}')
         self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
         self.acp = ddpm.alphas_cumprod().to(self.device)
-        self.mults = multipliers(args.size)
         self.about = {'version': VERSION, 'task': args.task, 'channels': args.channels,
-                      'width': args.width, 'mults': list(self.mults), 'size': args.size}
+                      'width': args.width, 'size': args.size}
 
     def amp(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def net(self, seed, images=1, shrink=1, **kind):
+    def net(self, seed, images=1, shrink=1, time=False, residual=False):
         """A U-Net with initial weights of its own seed, the same for every method; it gives
-        `images` images and has 1 / shrink of --width."""
+        `images` images and has 1 / shrink of --width. The DDPM's (time=True) has a level of full
+        resolution; f has none: of few pairs it would learn to change visible pixels there."""
         torch.manual_seed(seed)
-        channels = self.a.channels
-        net = UNet(channels, images * channels, self.a.width // shrink, self.mults, **kind)
+        c, width, (mults, prior_mults) = self.a.channels, self.a.width, multipliers(self.a.size)
+        net = (UNet(c, c, width // 4, prior_mults, time=True) if time else
+               UNet(c, images * c, width // shrink, mults, patch=2, residual=residual))
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, part):
@@ -819,7 +822,7 @@ def conv_rate(device, dtype):
 COLUMNS = {                     # key in metrics.json -> heading, format
     'psnr': ('PSNR ↑', '.2f'), 'psnr_hole': ('in the hole ↑', '.2f'),
     'psnr_visible': ('visible ↑', '.2f'), 'ssim': ('SSIM ↑', '.3f'), 'lpips': ('LPIPS ↓', '.3f'),
-    'fd_prior': ('FD-prior ↓', '.3f'), 'fid': ('FID-{} ↓', '.2f'),
+    'fd_prior': ('FD-prior ↓', '.2f'), 'fid': ('FID-{} ↓', '.2f'),
     'corr_latent': ('corr. latents', '.3f'), 'corr_output': ('corr. outputs', '.3f'),
     'best_psnr': ('best PSNR', '.2f'), 'gap': ('gap closed', '.0%'),
 }
@@ -958,7 +961,7 @@ QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'de
          'updates': 80, 'warmup': 30, 'gan_steps': 40}
 
 
-VERSION = 2             # of checkpoints: goes up when older ones can no longer be read
+VERSION = 3             # of checkpoints: goes up when older ones can no longer be read
 
 
 class Positive:
@@ -1081,7 +1084,7 @@ def flags_of_the_method(p):
                    help='measurements, and at most pairs, an update')
     g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
-    g.add_argument('--prior-steps', type=count, default=3000, help='training steps of the DDPM')
+    g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')
     g.add_argument('--denoiser-steps', type=count, default=1500, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=6e-3, help='their learning rate')
@@ -1123,7 +1126,7 @@ def parse(argv=None):
     every = [m for m in METHODS if m != 'oracle' or a.task != 'custom']
     a.method = every if 'all' in a.method else list(dict.fromkeys(a.method))
     a.seed = sorted(set(a.seed))
-    factor = 2 ** len(multipliers(a.size))
+    factor = 2 ** len(multipliers(a.size)[0])
     checks = [
         (a.size < 16 or a.size > 1024, f'--size {a.size}: must be from 16 to 1024'),
         (a.size % factor, f'--size {a.size}: must divide by {factor}'),
@@ -1219,19 +1222,23 @@ def write_json(path, value):
     os.replace(f'{path}.tmp', path)
 
 
+def millions(net):
+    """The number of a network's parameters, in millions, as text."""
+    return f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f}'
+
+
 def plan(run):
     """Prints what will be done, with sizes, parameters, device and expected minutes."""
     from torch.utils.flop_counter import FlopCounterMode
-    a, net = run.a, run.net(0, time=True)
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        net(torch.zeros(1, a.channels, a.size, a.size, device=run.device),
-            torch.zeros(1, dtype=torch.long, device=run.device))
+    a, f, prior = run.a, run.net(0), run.net(0, time=True)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():  # f's are nearly as many
+        prior(torch.zeros(1, a.channels, a.size, a.size, device=run.device),
+              torch.zeros(1, dtype=torch.long, device=run.device))
     rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
-    prior = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
-    prior = 0 if a.prior else prior
+    priors = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
     calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
-    f = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
+    methods = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
         (3 + calls.get(METHODS[m].label, 1) + 4 * METHODS[m].made) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
@@ -1239,10 +1246,10 @@ def plan(run):
           f'{a.measurements} measurements, {a.clean} clean, {a.validation or a.test} '
           f'{"validation" if a.validation else "test"} images\n'
           f'methods: {", ".join(a.method)}; seeds {seeds}; {a.updates} updates each\n'
-          f'networks of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters on '
-          f'{run.device.type}, {"bf16" if run.bf16 else "fp32"}, '
-          f'{torch.get_num_threads()} threads\n'
-          f'about {(prior + f) * forward / 60 + .2:.1f} minutes; output in {run.out}',
+          f'DDPM of {millions(prior)} M, f of {millions(f)} M parameters on {run.device.type}, '
+          f'{"bf16" if run.bf16 else "fp32"}, {torch.get_num_threads()} threads\n'
+          f'about {(priors * (not a.prior) + methods) * forward / 60 + .2:.1f} minutes; '
+          f'output in {run.out}',
           flush=True)
 
 

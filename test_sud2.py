@@ -904,7 +904,7 @@ def test_checkpoints_of_another_task_or_version_are_refused(finished, tmp_path):
     saved = torch.load(finished / 'sud2-s0.pt', weights_only=True) | {'version': 0}
     torch.save(saved, tmp_path / 'old.pt')
     ask = ['--restore', str(tmp_path), '--out', str(tmp_path / 'out'), '--checkpoint']
-    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 2'),
+    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 3'),
                        ('none.pt', 'none.pt: not there, damaged, or not a checkpoint')):
         with pytest.raises(ValueError, match=said):
             sud2.main(sud2.parse([*ask, str(tmp_path / file)]))
@@ -1053,12 +1053,13 @@ def test_correlation():
 
 # --------------------------------------------------------- network
 def test_unet_shapes_and_errors():
-    for mults, size in (((1, 2), (32, 48)), ((1, 2, 2), (64, 8))):
-        net = UNet(3, 5, 16, mults, time=True)
+    for channels, mults, patch, size in ((16, (1, 2), 2, (32, 48)), (16, (1, 2, 2), 2, (64, 8)),
+                                         (8, (2, 3, 7, 12), 1, (64, 8))):
+        net = UNet(3, 5, channels, mults, patch=patch, time=True)
         x, t = torch.randn(2, 3, *size), torch.tensor([0, 999])
         out, z = net(x, t, latent=True)
         assert out.shape == (2, 5, *size)
-        assert z.shape == (2, 16 * mults[-1], size[0] // net.factor, size[1] // net.factor)
+        assert z.shape == (2, channels * mults[-1], size[0] // net.factor, size[1] // net.factor)
         assert torch.equal(net.encode(x, t)[0], z)
     with pytest.raises(ValueError, match='divide by 8'):
         net(torch.zeros(1, 3, 20, 64), t)
@@ -1069,7 +1070,7 @@ def test_unet_shapes_and_errors():
 
 
 def test_unet_starts_without_a_grid():
-    net = UNet(3, 3, 16)
+    net = UNet(3, 3, 16, (1, 2, 2), patch=2)
     h = torch.randn(2, 32, 4, 4)
     larger = torch.nn.functional.pixel_shuffle(net.widen(h[:, :16]), 2)
     for u in (larger, *(up(h) for up in net.up)):
@@ -1106,7 +1107,7 @@ def test_muon_steps_along_all_singular_vectors_alike():
         values = x.diagonal(dim1=1, dim2=2)
         assert_close(x, torch.diag_embed(values), atol=1e-4, rtol=0)
         assert values.min() > .65 and values.max() < 1.25
-    net = UNet(3, 3, 16)
+    net = UNet(3, 3, 16, (1, 2, 2))
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     twin = [torch.nn.Parameter(p.clone()) for p in before.values()]
     opt = Muon(net, 1e-3)

@@ -7,12 +7,12 @@ Images are float `(B, C, H, W)` in [-1, 1]; times t are long `(B,)`, t = 0 is th
     >>> net = UNet(3, 3, channels=32, mults=(1, 2), time=True)
     >>> x_t, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 999])
     >>> net(x_t, t).shape, sum(p.numel() for p in net.parameters())
-    (torch.Size([2, 3, 32, 32]), 410500)
+    (torch.Size([2, 3, 32, 32]), 395956)
 
-What makes it quick on a processor: a strided stem leaves full resolution at once and only a last,
-narrow convolution comes back to it, skips are added and not concatenated, attention stands at the
-coarsest level alone, and GroupNorm has at least 16 channels a group, without which it is slow on
-small channels-last bf16 maps.
+What makes it quick on a processor: few channels at full resolution, or none of it (patch=2), one
+block a level each way, skips that are added and not concatenated, attention at the coarsest level
+alone, and at least 16 channels a group in GroupNorm, without which it is slow on small
+channels-last bf16 maps.
 """
 import math
 
@@ -28,9 +28,14 @@ def time_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
+def groups(channels, least):
+    """The most equal groups of at least `least` channels; one where there are fewer."""
+    return next(n for n in range(max(1, channels // least), 0, -1) if channels % n == 0)
+
+
 def group_norm(channels):
     """GroupNorm of at least 16 channels a group, for (B, channels, H, W)."""
-    return nn.GroupNorm(max(1, channels // 16), channels)
+    return nn.GroupNorm(groups(channels, 16), channels)
 
 
 class Block(nn.Module):
@@ -57,11 +62,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, heads of 32: (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention over all positions, heads of 32 channels or more: (B, C, H, W) -> like it."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 32)
+        self.heads = groups(channels, 32)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -82,22 +87,23 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """U-Net: (B, in_channels, H, W) -> (B, out_channels, H, W).
 
-    Level i has channels * mults[i] channels at 1 / 2^(i+1) of the input's height and width (the
-    stem halves once), so both must divide by 2^len(mults). It has a block on the way down and one
-    on the way up; the last has one more and the attention between. With time=True the net takes
-    t (B,), long, as its second argument: the noise predictor of a DDPM. With residual=True the
-    input is added to the output: a reconstructor or a denoiser starts as the identity.
+    Level i has channels * mults[i] channels at 1 / 2^i of the input's height and width, or with
+    patch=2, whose stem makes one pixel of 2 x 2, at half of that; both must divide by
+    `factor` = patch * 2^(levels - 1). It has a block on the way down and one on the way up; the
+    last has one more and the attention between. With time=True the net takes t (B,), long, as its
+    second argument: the noise predictor of a DDPM. With residual=True the input is added to the
+    output: a reconstructor or a denoiser starts as the identity.
     """
 
-    def __init__(self, in_channels, out_channels, channels=64, mults=(1, 2, 2), *,
-                 time=False, residual=False):
+    def __init__(self, in_channels, out_channels, channels=16, mults=(2, 3, 4, 8), *,
+                 patch=1, time=False, residual=False):
         super().__init__()
-        self.channels, self.residual, self.factor = channels, residual, 2 ** len(mults)
         widths = [channels * m for m in mults]
-        dim = 4 * channels if time else 0
-        self.embed = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim),
+        self.residual, self.patch, self.factor = residual, patch, patch * 2 ** (len(mults) - 1)
+        dim = 2 * widths[-1] if time else 0
+        self.embed = nn.Sequential(nn.Linear(dim // 4, dim), nn.SiLU(), nn.Linear(dim, dim),
                                    nn.SiLU()) if time else None
-        self.stem = nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)
+        self.stem = nn.Conv2d(in_channels, widths[0], patch + 2, stride=patch, padding=1)
         self.encoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.down = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
@@ -105,16 +111,16 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
         self.decoder = nn.ModuleList(Block(w, dim) for w in widths)
-        self.norm = group_norm(channels)
-        self.widen = nn.Conv2d(channels, 64, 3, padding=1)              # to 16 at full resolution
+        self.norm = group_norm(widths[0])
+        self.widen = nn.Conv2d(widths[0], 16 * patch ** 2, 3, padding=1)    # 16 at full resolution
         self.head = nn.Conv2d(16 + in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        with torch.no_grad():       # the 2x2 pixels made of one start alike: no grid (ICNR, 2017)
+        with torch.no_grad():       # the pixels made of one start alike: no grid (ICNR, 2017)
             for up in self.up:
                 up.weight.copy_(up.weight[:, :, :1, :1].expand_as(up.weight))
             for p in (self.widen.weight, self.widen.bias):
-                p.copy_(p[::4].repeat_interleave(4, 0))
+                p.copy_(p[::patch ** 2].repeat_interleave(patch ** 2, 0))
 
     def encode(self, x, t=None):
         """-> (z, skips, emb): the latent z (B, C', h, w), one skip a finer level, embedded t."""
@@ -124,8 +130,9 @@ class UNet(nn.Module):
         if (t is None) != (self.embed is None):
             raise ValueError('t (B,) is needed with time=True and not taken without it')
         dtype = self.stem.weight.dtype                  # bf16 weights work on float images
-        emb = None if t is None else self.embed(time_embedding(t, self.channels).to(dtype))
-        h, skips = self.stem(x.to(dtype)), []
+        h, skips, emb = self.stem(x.to(dtype)), [], None
+        if t is not None:
+            emb = self.embed(time_embedding(t, self.embed[0].in_features).to(dtype))
         for i, block in enumerate(self.encoder):
             h = block(h, emb)
             if i < len(self.down):
@@ -141,7 +148,7 @@ class UNet(nn.Module):
             if i < len(self.up):
                 h = self.up[i](h) + skips[i]
             h = self.decoder[i](h, emb)
-        h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), 2))
+        h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), self.patch))
         out = self.head(torch.cat([h, x.to(h.dtype)], 1)).to(x.dtype)
         out = x + out if self.residual else out
         return (out, z) if latent else out

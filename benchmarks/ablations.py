@@ -2,9 +2,11 @@
 """Ablations on a finished run's priors, resumable -> results/ablation-NAME.json, assets/NAME.png,
 and a table, which results/ABLATIONS.md holds.
 
+    python sud2.py --task inpaint --method all --seed 0 1 2
     python benchmarks/ablations.py --prior runs/inpaint [NAME ...]
 
-Every setting is a run of sud2.py with the flags below; what is done is not done again.
+Every setting is a run of sud2.py with the flags below; what is done is not done again, and what
+the finished run has is taken from there.
 """
 import argparse
 import contextlib
@@ -94,7 +96,9 @@ def run(flags, a):
         pairs = [p for p in pairs if p[0] != '--reg']
     line = [f for k, v in pairs if SAME.get(k) != v for f in (k, *v.split())]
     name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
-    out = Path(a.out) / name
+    out = Path(a.prior if len(line) == 2 and flags[-1] not in CHANGES else Path(a.out) / name)
+    if (out / 'metrics.json').exists():
+        return scores(out, flags)
     if '--sigma' not in line and flags[-1] not in ('uniform', 'all-adamw'):     # its own priors
         line += ['--prior', a.prior]
     elif '--sigma' in line:
@@ -103,11 +107,16 @@ def run(flags, a):
     change = CHANGES.get(flags[-1], ('UNet', UNet))
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
-        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '4', '--seed', '0', '1', '2',
+        sud2.main(sud2.parse([*line, '--out', str(out), '--points', '1', '--seed', '0', '1', '2',
                               *a.more]))
+    return scores(out, flags)
+
+
+def scores(out, flags):
+    """The scores of a finished run's method at its last update, and its DDPM's loss."""
     report = json.loads((out / 'metrics.json').read_text())
-    (seeds,) = report['methods'].values()
-    seeds = {seed: {k: s[k] for k in KEYS} for seed, s in seeds.items()}
+    seeds = {seed: {k: s[k] for k in KEYS}
+             for seed, s in report['methods'][flags[1]].items()}
     print(*flags, *(f'{k} {mean(seeds, k):.3f}' for k in KEYS), flush=True)
     return {'seeds': seeds, 'eps_loss': report['prior']['eps_loss']}
 

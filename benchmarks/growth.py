@@ -58,7 +58,7 @@ def main():
                f'import growth; print(json.dumps(growth.measure({flags!r})))'
         s = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                                       check=True).stdout.splitlines()[-1])
-        s['minutes'] = (3000 * s['prior'] + 400 * s['supervised'] + sum(
+        s['minutes'] = (2000 * s['prior'] + 400 * s['supervised'] + sum(
             60 * s['supervised'] + 340 * s[m] for m in ('sud2', 'sud2-kl', 'sud2-kl+g'))) / 60
         rows.append({'flags': flags, **s})
         print(f'| {" ".join(flags) or "none"} | ' + ' | '.join(
