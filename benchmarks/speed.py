@@ -34,7 +34,7 @@ SETTINGS = ('as it comes', 'fp32', 'bf16')          # the last two channels-last
 def network(name, size):
     """-> a module called as net(x_t, t); a larger size has one level more, like ours."""
     torch.manual_seed(0)
-    widths = (32, 64, 112) if size <= 32 else (32, 64, 96, 128)
+    widths = (32, 64, 96) if size <= 32 else (32, 64, 96, 96)
     if name == 'sud2':
         return UNet(3, 3, mults=sud2.multipliers(size)[1], time=True)
     if name == 'diffusers':
