@@ -116,7 +116,9 @@ def scores(out, flags):
     """The scores of a finished run's method at its last update, and its DDPM's loss."""
     report = json.loads((out / 'metrics.json').read_text())
     seeds = {seed: {k: s[k] for k in KEYS}
-             for seed, s in report['methods'][flags[1]].items()}
+             for seed, s in report['methods'].get(flags[1], {}).items()}
+    if list(seeds) != ['0', '1', '2']:
+        raise ValueError(f'{out}: a run of {flags[1]} with --seed 0 1 2 is needed')
     print(*flags, *(f'{k} {mean(seeds, k):.3f}' for k in KEYS), flush=True)
     return {'seeds': seeds, 'eps_loss': report['prior']['eps_loss']}
 
