@@ -625,7 +625,8 @@ def image_files(folder):
 
 
 def open_image(path, mode=None):
-    """A decoded, upright picture, converted to a mode if one is given; 16-bit grey becomes 8-bit.
+    """A decoded, upright picture, converted to a mode if one is given; 16-bit grey becomes 8-bit, a
+    palette with transparent colours RGBA.
 
     Errors: no image, a broken one, one of too many pixels.
     """
@@ -639,6 +640,8 @@ def open_image(path, mode=None):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I'):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
+            if image.mode == 'P' and image.has_transparency_data:
+                image = image.convert('RGBA')
             return image.convert(mode) if mode else image.copy()
     except Exception as e:              # whatever a broken file does to the decoder
         raise ValueError(f'{path}: not a readable image ({e})') from e

@@ -174,14 +174,16 @@ class Group:
     def join(cls, device):
         """-> this process's device."""
         cls.rank, cls.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)               # also for what nccl sends as objects
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         noise_like, pooled = ddpm.noise_like, cyclegan.pooled
         ddpm.noise_like = lambda x, generator=None: cls.own(
             noise_like(x.new_empty(len(x) * cls.world, *x.shape[1:]), generator))
         cyclegan.pooled = lambda pool, images, generator: cls.own(
             pooled(pool, cls.gather(images.detach()), generator))
-        local = int(os.environ['LOCAL_RANK'])
-        return torch.device('cuda', local) if device.type == 'cuda' else device
+        return device
 
     @classmethod
     def own(cls, x):
@@ -1289,8 +1291,8 @@ def restore_pictures(a):
             y = data.to_float(u.view(1, *u.shape[:2], a.channels).permute(0, 3, 1, 2))
             x_hat = data.to_bytes(whole(run, f, y))[0].permute(1, 2, 0).squeeze(2).numpy()
             result = Image.fromarray(x_hat)
-            if 'A' in picture.getbands():
-                result.putalpha(picture.getchannel('A'))
+            if picture.has_transparency_data:           # a channel, or a colour of the palette
+                result.putalpha(picture.convert('RGBA').getchannel('A'))
             path.parent.mkdir(parents=True, exist_ok=True)
             result.save(f'{path}.tmp', Image.registered_extensions()[g.suffix.lower()], quality=95)
             os.replace(f'{path}.tmp', path)

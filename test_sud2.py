@@ -660,19 +660,21 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     exif[0x0112] = 6                                    # lies on its side
     picture(inputs / 'turned.jpg', (30, 18), exif=exif)
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(inputs / 'sixteen.png')
+    Image.open(inputs / 'deep' / 'a b é.png').quantize(64).save(inputs / 'palette.png')
     (inputs / 'broken.png').write_bytes(b'no picture')
     ask = ['--restore', str(inputs), '--checkpoint', str(run / 'sud2-s0.pt'), '--out']
-    with pytest.raises(ValueError, match=r'1 of 6 not restored: .*broken.png'):
+    with pytest.raises(ValueError, match=r'1 of 7 not restored: .*broken.png'):
         sud2.main(sud2.parse([*ask, str(out)]))
     sizes = {'deep/a b é.png': (31, 17), 'grey.webp': (16, 40), 'one.png': (1, 1),
-             'turned.jpg': (18, 30), 'sixteen.png': (20, 20)}
+             'turned.jpg': (18, 30), 'sixteen.png': (20, 20), 'palette.png': (31, 17)}
     for name, size in sizes.items():
         with Image.open(out / name) as image:
             assert image.size == size
-    alphas = [Image.open(d / 'deep/a b é.png').getchannel('A').tobytes() for d in (inputs, out)]
-    assert alphas[0] == alphas[1]
+    for name in ('deep/a b é.png', 'palette.png'):
+        alphas = [Image.open(d / name).convert('RGBA').getchannel('A') for d in (inputs, out)]
+        assert alphas[0].tobytes() == alphas[1].tobytes() and alphas[0].getextrema() != (255, 255)
     before = (inputs / 'one.png').read_bytes()
-    with pytest.raises(ValueError, match='6 of 6 not restored: .*another --out'):
+    with pytest.raises(ValueError, match='7 of 7 not restored: .*another --out'):
         sud2.main(sud2.parse([*ask, str(inputs)]))
     assert (inputs / 'one.png').read_bytes() == before
     with pytest.raises(ValueError, match='prior.pt: made with kind prior'):
