@@ -1314,7 +1314,8 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
                         'precision': 'bf16' if run.bf16 else 'fp32'},
         'methods': methods, 'truth': {'corr_output': truth_corr}, 'prior': prior_scores,
         'seconds': time.monotonic() - began,
-        'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+        'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / 1024 ** (2 if sys.platform == 'darwin' else 1)})      # macOS counts bytes, Linux KiB
     text = table(methods)
     (run.out / 'table.md').write_text(text + '\n')
     grid(rows, run.out / 'grid.png')

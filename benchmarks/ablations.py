@@ -56,7 +56,8 @@ ABLATIONS = {
         *((m, 'f trained with AdamW', '--lr', '4e-4', '--kl-lr', '2e-4', 'adamw')
           for m in ('supervised', 'sud2', 'sud2-kl', 'oracle')))}),
     'priors': (None, {f'sud2, {what}': [['--method', 'sud2', *flags]] for what, *flags in (
-        ('as it is',), ('DDPM of uniform times', 'uniform'),
+        ('as it is',), ('DDPM of 6,000 steps', '--prior-steps', '6000'),
+        ('DDPM of uniform times', 'uniform'),
         ('all trained with AdamW', '--prior-lr', '3e-3', '--lr', '4e-4', 'all-adamw'))}),
 }
 KEYS = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
@@ -99,11 +100,11 @@ def run(flags, a):
     out = Path(a.prior if len(line) == 2 and flags[-1] not in CHANGES else Path(a.out) / name)
     if (out / 'metrics.json').exists():
         return scores(out, flags)
-    if '--sigma' not in line and flags[-1] not in ('uniform', 'all-adamw'):     # its own priors
-        line += ['--prior', a.prior]
-    elif '--sigma' in line:
+    if '--sigma' in line:                               # D_σ of its own
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(a.prior) / 'prior.pt', out)
+    elif '--prior-steps' not in line and flags[-1] not in ('uniform', 'all-adamw'):
+        line += ['--prior', a.prior]
     change = CHANGES.get(flags[-1], ('UNet', UNet))
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
