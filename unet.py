@@ -195,9 +195,17 @@ def orthogonalised(m, steps=5):
     if m.shape[1] > m.shape[2]:
         return orthogonalised(m.mT, steps).mT
     m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    a, factor = m @ m.mT, torch.eye(m.shape[1], device=m.device)
-    for _ in range(steps):
-        q = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        q.diagonal(dim1=1, dim2=2).add_(3.4445)
-        factor, a = q @ factor, q @ a @ q
+    a = m @ m.mT
+    factor = q = newton_schulz(a)
+    for _ in range(steps - 1):
+        a = q @ a @ q
+        q = newton_schulz(a)
+        factor = q @ factor
     return factor @ m
+
+
+def newton_schulz(a):
+    """3.4445 - 4.7750 a + 2.0315 a² for matrices a (B, r, r)."""
+    q = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+    q.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return q

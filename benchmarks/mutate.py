@@ -88,7 +88,7 @@ MUTATIONS = [
     ('sud2.py', 'x.flip(-1), x)', 'x.flip(-2), x)'),
     ('sud2.py', 'return both.chunk(2, 1)', 'return both.chunk(2, 1)[::-1]'),
     ('unet.py', 'beta=-4.7750, alpha=2.0315', 'beta=4.7750, alpha=2.0315'),
-    ('unet.py', 'q @ factor, q @ a @ q', 'q @ factor, q @ a'),
+    ('unet.py', 'a = q @ a @ q', 'a = q @ a'),
     ('unet.py', 'p.grad.lerp(m, .9).flatten(1)', 'p.grad.lerp(m, .9).transpose(0, 1).flatten(1)'),
     ('unet.py', "alpha=3 * hidden['lr']", "alpha=-hidden['lr']"),
     ('unet.py', "n.startswith(('stem', 'head'))", "n.startswith('stem')"),
