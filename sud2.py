@@ -1070,7 +1070,7 @@ def flags_of_the_method(p):
     g.add_argument('--r-steps', type=count, default=3, help='network calls of R')
     g.add_argument('--eta', type=weight, default=0.0, help='R: 0 DDIM .. 1 ancestral')
     g.add_argument('--lam1', type=weight, default=0.2, help='λ1, weight of L_denoiser')
-    g.add_argument('--lam2', type=weight, default=0.05, help='λ2, weight of L_reg')
+    g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--lam3', type=weight, default=0.2,
                    help='sud2-kl+g: λ3, weight of L_paired on pairs that g makes')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")

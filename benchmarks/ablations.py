@@ -32,8 +32,8 @@ ABLATIONS = {
                            for v in ('0.06', '0.2', '0.6')]
                        for m in RUNGS} | {'supervised': [['--method', 'supervised']]}),
     'reg': ('lam2', {form: [['--method', 'sud2', '--reg', form, '--lam2', v] for v in values]
-                     for form, values in (('signed', ('0', '0.05', '0.2')), ('abs', ('0.05',)),
-                                          ('square', ('0.05',)))}),
+                     for form, values in (('signed', ('0', '0.02', '0.2')), ('abs', ('0.02',)),
+                                          ('square', ('0.02',)))}),
     'noise': ('t_start', {f'R of {k}, eta {eta}': [
         ['--method', 'sud2', '--eta', eta, '--r-steps', k, '--t-start', t]
         for t in ('50', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
@@ -62,7 +62,7 @@ ABLATIONS = {
 }
 KEYS = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
 # what the defaults are, so that a setting that several ablations share is run once
-SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.05', '--lam3': '0.2',
+SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.02', '--lam3': '0.2',
         '--reg': 'signed', '--eta': '0', '--r-steps': '3', '--t-start': '50',
         '--measurements': '1000', '--updates': '400'}
 
