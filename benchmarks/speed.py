@@ -6,7 +6,7 @@
 
 Three networks of nearly equal size predict noise in 3 x SIZE x SIZE images. Each is measured as it
 comes, in fp32 channels-last and under bf16 autocast channels-last, and shown at its fastest; ours
-as sud2.py uses it.
+as sud2.py uses it: one image is what --restore calls, which is f.
 """
 import argparse
 import statistics
@@ -57,13 +57,28 @@ def network(name, size):
     return Unet(dim=32, dim_mults=[w // 32 for w in widths])
 
 
+def reconstructor(size):
+    """f as sud2.py makes it."""
+    return UNet(3, 3, 64, sud2.multipliers(size)[0], patch=2, residual=True)
+
+
+def gflop(net, *inputs):
+    """Of one call."""
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        net(*inputs)
+    return flops.get_total_flops() / 1e9
+
+
 def jobs(net, size, batch, setting):
     """-> {name: function} of what is timed."""
     acp, g = ddpm.alphas_cumprod(), torch.Generator().manual_seed(0)
     x = 2 * torch.rand(2 * batch, 3, size, size, generator=g) - 1
     t = torch.randint(1000, (2 * batch,), generator=g)
-    opt = (sud2.Muon(net, 1e-4) if isinstance(net, sud2.UNet) else
-           torch.optim.AdamW(net.parameters(), 1e-4, fused=True))
+    if isinstance(net, UNet):
+        how = torch.contiguous_format if setting == 'as it comes' else torch.channels_last
+        f, opt = reconstructor(size).to(memory_format=how), sud2.Muon(net, 1e-4)
+    else:
+        f, opt = None, torch.optim.AdamW(net.parameters(), 1e-4, fused=True)
 
     def amp():
         return torch.autocast('cpu', torch.bfloat16, enabled=setting == 'bf16')
@@ -73,15 +88,19 @@ def jobs(net, size, batch, setting):
             loss = ddpm.ddpm_loss(net, x[:batch], t[:batch], ddpm.noise_like(x[:batch], g), acp)
         sud2.descend(loss, net, opt, 1e-4)
 
-    def forward(n=batch):
+    def forward():
         with torch.no_grad(), amp():
-            net(x[:n], t[:n])
+            net(x[:batch], t[:batch])
+
+    def one_image():
+        with torch.no_grad(), amp():
+            f(x[:1]) if f else net(x[:1], t[:1])
 
     def reverse():
         with torch.no_grad(), amp():
             ddpm.R_of_F(net, x, 200, acp, steps=10, generator=g)
     return {'training step': training, 'forward': forward, 'R, 10 steps': reverse,
-            'one image': lambda: forward(1)}
+            'one image': one_image}
 
 
 def ssim_jobs(size):
@@ -130,22 +149,26 @@ def main():
     p.add_argument('--size', type=int, default=32)
     p.add_argument('--turns', type=int, default=5)
     a = p.parse_args()
-    batch, todo, gflop, rows = 32 if a.size <= 32 else 16, ssim_jobs(a.size), {}, {}
+    batch, todo, rows = 32 if a.size <= 32 else 16, ssim_jobs(a.size), {}
+    image, f = torch.zeros(1, 3, a.size, a.size), reconstructor(a.size)
     for n in PEERS:
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            network(n, a.size)(torch.zeros(1, 3, a.size, a.size), torch.zeros(1, dtype=torch.long))
-        gflop[n] = flops.get_total_flops() / 1e9
         for setting in SETTINGS:
             how = torch.contiguous_format if setting == 'as it comes' else torch.channels_last
             net = network(n, a.size).to(memory_format=how)
-            todo |= {(n, setting, j): f for j, f in jobs(net, a.size, batch, setting).items()}
-        rows[n] = {'parameters': sum(q.numel() for q in net.parameters()), 'gflop': gflop[n],
+            todo |= {(n, setting, j): job for j, job in jobs(net, a.size, batch, setting).items()}
+        rows[n] = {'parameters': sum(q.numel() for q in net.parameters()),
+                   'gflop': gflop(net, image, torch.zeros(1, dtype=torch.long)),
                    'peak_mib': peak_mib(n, a.size, batch)}
+    rows['sud2'] |= {'f_parameters': sum(q.numel() for q in f.parameters()),
+                     'f_gflop': gflop(f, image)}
     seconds = measure(todo, a.turns)
     limit = {s: sud2.conv_rate(torch.device('cpu'), torch.bfloat16 if s == 'bf16'
                                else torch.float32) for s in SETTINGS}
     calls = {'training step': 3 * batch, 'forward': batch, 'R, 10 steps': 20 * batch,
              'one image': 1}
+
+    def work(n, j):
+        return calls[j] * rows[n].get('f_gflop' if j == 'one image' else 'gflop', rows[n]['gflop'])
     print(f'\n| 3 x {a.size} x {a.size}, batch {batch} | M parameters | GFLOP | '
           + ' | '.join(f'{j}, ms' for j in calls) + ' | R as it comes | peak MiB |\n|---|'
           + '---:|' * 8)
@@ -154,8 +177,8 @@ def main():
         ours = {j: seconds['sud2', 'bf16', j] for j in calls}
         r |= {'ms': {s: {j: 1e3 * seconds[n, s, j] for j in calls} for s in SETTINGS},
               'best': best, 'sud2_over_best': {j: ours[j] / seconds[n, best[j], j] for j in calls},
-              'of_convolution_limit': {j: calls[j] * gflop[n] / seconds[n, best[j], j]
-                                       / limit[best[j]] for j in calls}}
+              'of_convolution_limit': {j: work(n, j) / seconds[n, best[j], j] / limit[best[j]]
+                                       for j in calls}}
         cells = [f'{1e3 * seconds[n, best[j], j]:.1f} (ours {r["sud2_over_best"][j]:.2f}x, '
                  f'{r["of_convolution_limit"][j]:.0%} of limit)' for j in calls]
         plain = seconds[n, 'as it comes', 'R, 10 steps']
