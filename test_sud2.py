@@ -463,7 +463,7 @@ def test_lpips_equals_a_walk_through_the_layers(tmp_path):
         metrics.lpips_weights(*files[::-1])
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*')
 def test_lpips_and_fid_columns(tmp_path):
     """Weights that a user names fill the columns; FID says how many features it stands on."""
     torch.save(alexnet()[1], tmp_path / 'alexnet.pth')
