@@ -67,8 +67,8 @@ def total_loss(paired, denoiser, reg, lam1, lam2):
 
 
 # What makes the pseudo-label, whose reconstruction of y_u it starts from, λ1 where it is not the
-# flag's, whether L_reg is on, whether f also learns from pairs that g makes.
-Method = namedtuple('Method', 'label source lam1 reg made', defaults=('f', None, False, False))
+# flag's, whether L_reg is on, what stands for y in the pairs that f learns from clean images.
+Method = namedtuple('Method', 'label source lam1 reg clean', defaults=('f', None, False, None))
 METHODS = {
     'supervised': Method(None),
     'cyclegan': Method(None),                                       # trained in a loop of its own
@@ -79,8 +79,8 @@ METHODS = {
     'sud+reg': Method('denoise', reg=True),
     'sud+reg+noise': Method('noise, denoise', reg=True),
     'sud2': Method('R∘F', reg=True),
-    'sud2-kl': Method('entropy'),                                   # not in the paper
-    'sud2-kl+g': Method('entropy', lam1=1.0, made=True),            # not in the paper
+    'sud2-kl': Method('entropy', clean='x_u'),                      # not in the paper
+    'sud2-kl+g': Method('entropy', lam1=1.0, clean='g(x_u)'),       # not in the paper
     'oracle': Method('truth', lam1=1.0),
 }
 Models = namedtuple('Models', 'prior denoiser gan', defaults=(None, None))   # frozen; None: unused
@@ -514,7 +514,7 @@ class Unpaired:
             self.fake = copy.deepcopy(models.prior).requires_grad_()
             self.fake_opt = Muon(self.fake, run.a.kl_lr)
             self.parts |= {'fake': self.fake, 'fake_opt': self.fake_opt}
-        if method.made:
+        if method.clean == 'g(x_u)':
             self.g = run.net(seed, images=2, shrink=2)
             self.g_opt = Muon(self.g, run.a.kl_lr)
             self.parts |= {'g': self.g, 'g_opt': self.g_opt}
@@ -539,8 +539,8 @@ class Unpaired:
         return x_hat
 
     def losses(self, x, y):
-        """One mini-batch of measurements -> L_denoiser, L_reg and, where g makes pairs, L_paired
-        on them. D^f and g take a step; x, y are the pairs of this update."""
+        """One mini-batch of measurements -> L_denoiser, L_reg and, where the method has them,
+        L_paired on pairs of clean images. D^f and g take a step; x, y are this update's pairs."""
         run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
         index, flip, drawn = self.batch(split.measurements)
         y_u = batch_of(split.measurements, index, flip, run.device)
@@ -557,15 +557,18 @@ class Unpaired:
             descend(fake_loss, self.fake, self.fake_opt, a.kl_lr)
         losses = {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
                   'corr': metrics.correlation(x_hat.detach())}
-        if self.method.made:
-            losses['made'] = self.made_pairs_loss(x, y, x_hat.detach(), y_u)
+        if self.method.clean:
+            losses['clean'] = self.clean_loss(x, y, x_hat.detach(), y_u)
         return losses
 
-    def made_pairs_loss(self, x, y, x_hat, y_u):
-        """L_paired on clean images and their measurements by g, which learns from pairs and f."""
+    def clean_loss(self, x, y, x_hat, y_u):
+        """Not in the paper: L_paired on pairs made of clean images: (x_u, x_u), since f has nothing
+        to undo in a clean image, or (g(x_u), x_u), where g learns from the pairs and from f."""
         run, images = self.run, self.split.images
         x_u = batch_of(images, *self.batch(images)[:2], run.device)
         with run.amp():
+            if self.method.clean == 'x_u':
+                return paired_loss(self.f(x_u), x_u)
             with torch.no_grad():
                 made = measured(self.g, x_u)
             loss = paired_loss(self.f(made), x_u)
@@ -594,7 +597,7 @@ def train(run, method, seed, split, models, score):
             numbers |= unpaired.losses(x, y)
             ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
-            loss = loss + a.lam3 * numbers['made'] if m.made else loss
+            loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, teacher_decay(step))
@@ -1072,7 +1075,7 @@ def flags_of_the_method(p):
     g.add_argument('--lam1', type=weight, default=0.2, help='λ1, weight of L_denoiser')
     g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--lam3', type=weight, default=0.2,
-                   help='sud2-kl+g: λ3, weight of L_paired on pairs that g makes')
+                   help='sud2-kl, sud2-kl+g: λ3, weight of L_paired on pairs of clean images')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')
@@ -1239,9 +1242,10 @@ def plan(run):
     rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
     priors = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
-    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1}
+    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1, 'x_u': 3,
+             'g(x_u)': 4}
     methods = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
-        (3 + calls.get(METHODS[m].label, 1) + 4 * METHODS[m].made) if METHODS[m].label else 0)
+        (3 + calls.get(METHODS[m].label, 1) + calls[METHODS[m].clean]) if METHODS[m].label else 0)
         + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
     seeds = ", ".join(map(str, a.seed))
     print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {a.pairs} pairs, '

@@ -394,7 +394,8 @@ def test_g_learns_a_hole_that_moves_with_the_image():
         assert (sud2.measured(g, x) - y).square().mean().sqrt() < 0.05
 
 
-def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path, monkeypatch):
+@pytest.mark.parametrize('method', ['sud2-kl', 'sud2-kl+g'])
+def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
     """The first update, of flat images: f(y) = y - .2, say, and g(x) = (1 - sigmoid(-2)) x."""
     losses, run = [], sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
     x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
@@ -410,14 +411,16 @@ def test_sud2_kl_g_trains_g_on_pairs_and_outputs_and_f_on_what_g_makes(tmp_path,
     monkeypatch.setattr(sud2, 'descend', lambda loss, *more: (
         losses.append(loss.item()), descend(loss, *more)))
     prior = run.net(0, time=True)
-    sud2.train(run, 'sud2-kl+g', 0, split, sud2.Models(prior), lambda f: {})
+    sud2.train(run, method, 0, split, sud2.Models(prior), lambda f: {})
     x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
     k = 1 / (1 + math.exp(-2))
-    made = (k * x_u - 0.2 - x_u) ** 2
-    assert losses[1] == pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
-    assert losses[2] == pytest.approx((y_p - 0.2 - x_p) ** 2 + run.a.lam3 * made, abs=1e-4)
+    clean = (k * x_u - 0.2 - x_u) ** 2 if '+g' in method else 0.2 ** 2
+    _, *of_g, of_f = losses                 # D^f is the prior still: nothing is pulled
+    assert of_g == [pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
+                    ] * ('+g' in method)
+    assert of_f == pytest.approx((y_p - 0.2 - x_p) ** 2 + run.a.lam3 * clean, abs=1e-4)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert log[-1]['made'] == pytest.approx(made, abs=1e-4)
+    assert log[-1]['clean'] == pytest.approx(clean, abs=1e-4)
 
 
 def test_paired_loss_and_total():

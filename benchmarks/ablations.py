@@ -51,7 +51,9 @@ ABLATIONS = {
         ('sud2', 'fp32', '--precision', 'fp32'),
         ('sud2-kl', 't to 500', '--kl-range', '20 500'),
         ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
-        ('sud2', 'with g', 'with-g'), ('sud2-kl+g', 'without L_denoiser', 'no-pull'),
+        ('sud2-kl', 'without clean pairs', '--lam3', '0'),
+        ('sud2', 'with clean pairs', 'with-clean'), ('sud2', 'with g', 'with-g'),
+        ('sud2-kl+g', 'without L_denoiser', 'no-pull'),
         ('sud2-kl+g', 'g(x) = x + network', 'sum'),
         *((m, 'f trained with AdamW', '--lr', '4e-4', '--kl-lr', '2e-4', 'adamw')
           for m in ('supervised', 'sud2', 'sud2-kl', 'oracle')))}),
@@ -85,7 +87,8 @@ def adamw(net, lr):
 # flags end in one of these where the code itself differs: what takes the place of what
 CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
            'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw),
-           'with-g': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(made=True)}),
+           **{f'with-{name}': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(
+               clean=pairs)}) for name, pairs in (('clean', 'x_u'), ('g', 'g(x_u)'))},
            'sum': ('measured', lambda g, x: x + g(x).float().chunk(2, 1)[0]),
            'no-pull': ('denoiser_loss', lambda x_hat, label: 0 * x_hat.mean())}
 
