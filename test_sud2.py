@@ -1482,13 +1482,13 @@ def test_two_processes_compute_what_one_does(tmp_path):
     """20 updates under torchrun with two processes: the same losses and weights."""
     flags = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
              '--gan-steps', '3', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
-             'sud-te', 'sud2', 'sud2-kl+g']
+             'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
     sud2.main(sud2.parse([*flags, '--out', str(tmp_path / 'one')]))
     two = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', HERE / 'sud2.py']
     r = subprocess.run([*two, *flags, '--out', tmp_path / 'two'], capture_output=True, text=True,
                        env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert r.returncode == 0, r.stderr
-    for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl+g-s0'):
+    for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl-s0', 'sud2-kl+g-s0'):
         ours, theirs = (torch.load(tmp_path / d / f'{name}.pt', weights_only=True)['parts']
                         for d in ('one', 'two'))
         part = 'f' if 'f' in ours else 'ema'
