@@ -436,6 +436,8 @@ def train_prior(run, images, which):
     ema = copy.deepcopy(net).requires_grad_(False)
     if a.prior:
         saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
+        if 'opt' in saved['parts']:
+            raise ValueError(f'--prior {a.prior}: {which}.pt is not fully trained; go on there')
         ema.load_state_dict(saved['parts']['ema'])
         return ema, saved['seconds']
     opt = Muon(net, a.prior_lr)

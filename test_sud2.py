@@ -901,6 +901,10 @@ def test_another_runs_prior_serves(finished, tmp_path):
         sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
     with pytest.raises(ValueError, match='made with width 16, this run has 32'):
         sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--width', '32'))
+    saved = torch.load(finished / 'prior.pt', weights_only=True)
+    torch.save(saved | {'parts': saved['parts'] | {'opt': {}}}, tmp_path / 'prior.pt')
+    with pytest.raises(ValueError, match='prior.pt is not fully trained'):
+        sud2.main(tiny(tmp_path / 'd', '--prior', str(tmp_path)))
 
 
 def test_checkpoints_of_another_task_or_version_are_refused(finished, tmp_path):
