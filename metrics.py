@@ -55,12 +55,12 @@ def ssim(x_hat, x, *, data_range):
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     values, chunk = [], max(1, 2 ** 15 // (H * W))
     for a, b in zip(x_hat.float().split(chunk), x.float().split(chunk)):
-        m = b.mean((2, 3), keepdim=True)            # variances of centred images lose no digits
-        a, b = a - m, b - m
+        m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
+        a, b = a - m_a, b - m_b                     # variances of centred images lose no digits
         mu_a, mu_b, squares, product = (
             rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols).unbind(0)
         cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
-        mu_a, mu_b = mu_a + m, mu_b + m
+        mu_a, mu_b = mu_a + m_a, mu_b + m_b
         s = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
              / ((mu_a * mu_a + mu_b * mu_b + c1) * (var + c2)))
         values.append(s.flatten(1).mean(1))

@@ -48,7 +48,7 @@ MUTATIONS = [
     ('metrics.py', '0.03 * data_range', '0.03'),
     ('metrics.py', 'product - mu_a * mu_b', 'product'),
     ('metrics.py', 'squares - mu_a * mu_a - mu_b', 'squares - mu_a * mu_a + mu_b'),
-    ('metrics.py', 'mu_a, mu_b = mu_a + m, mu_b + m', 'mu_a, mu_b = mu_a, mu_b + m'),
+    ('metrics.py', 'mu_a, mu_b = mu_a + m_a, mu_b + m_b', 'mu_a, mu_b = mu_a, mu_b + m_b'),
     ('metrics.py', '- 2 * root)', '- root)'),
     ('metrics.py', 'math.sqrt(len(f) - 1)', 'math.sqrt(len(f))'),
     ('metrics.py', '(a.mean(0) - b.mean(0)).square()', '(a.mean(0) - b.mean(0)).abs()'),
