@@ -971,7 +971,7 @@ QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'de
          'updates': 80, 'warmup': 30, 'gan_steps': 40}
 
 
-VERSION = 3             # of checkpoints: goes up when older ones can no longer be read
+VERSION = 4             # of checkpoints: goes up when older ones can no longer be read
 
 
 class Positive:

@@ -405,7 +405,8 @@ def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
 
     def biased(seed, residual=False, **kind):
         unet = net(seed, residual=residual, **kind)
-        unet.head.bias.data.fill_(-0.2 if residual else 0)
+        if residual:                    # with a share of half
+            unet.head.bias.data[:3] = -0.4
         return unet
     monkeypatch.setattr(run, 'net', biased)
     monkeypatch.setattr(sud2, 'descend', lambda loss, *more: (
@@ -900,7 +901,7 @@ def test_another_runs_prior_serves(finished, tmp_path):
     assert not (tmp_path / 'a' / 'prior.pt').exists()
     with pytest.raises(ValueError, match='prior.pt: not there'):
         sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
-    with pytest.raises(ValueError, match='made with width 16, this run has 32'):
+    with pytest.raises(ValueError, match='made with width 16, this run has 42'):
         sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--width', '32'))
     saved = torch.load(finished / 'prior.pt', weights_only=True)
     torch.save(saved | {'parts': saved['parts'] | {'opt': {}}}, tmp_path / 'prior.pt')
@@ -914,7 +915,7 @@ def test_checkpoints_of_another_task_or_version_are_refused(finished, tmp_path):
     saved = torch.load(finished / 'sud2-s0.pt', weights_only=True) | {'version': 0}
     torch.save(saved, tmp_path / 'old.pt')
     ask = ['--restore', str(tmp_path), '--out', str(tmp_path / 'out'), '--checkpoint']
-    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 3'),
+    for file, said in (('old.pt', 'old.pt: made with version 0, this run has 4'),
                        ('none.pt', 'none.pt: not there, damaged, or not a checkpoint')):
         with pytest.raises(ValueError, match=said):
             sud2.main(sud2.parse([*ask, str(tmp_path / file)]))
@@ -1095,6 +1096,14 @@ def test_unet_residual_starts_as_the_identity_and_takes_bf16():
     low = net.bfloat16()(x)
     assert low.dtype == torch.float32
     assert_close(low, out, atol=0.05, rtol=0)
+
+
+def test_unet_residual_takes_a_share_of_the_change():
+    """The head's four channels: a change of 0.5 and the logit, a quarter of it, of its share."""
+    net, x = UNet(3, 3, 16, residual=True), torch.randn(2, 3, 16, 16)
+    for share in (0.001, 0.2, 0.9):
+        net.head.bias.data = torch.tensor([.5, .5, .5, math.log(share / (1 - share)) / 4])
+        assert_close(net(x), x + share * .5, atol=1e-6, rtol=1e-5)
 
 
 def test_unet_uses_time_and_every_weight():

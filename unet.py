@@ -91,8 +91,9 @@ class UNet(nn.Module):
     patch=2, whose stem makes one pixel of 2 x 2, at half of that; both must divide by
     `factor` = patch * 2^(levels - 1). It has a block on the way down and one on the way up; the
     last has one more and the attention between. With time=True the net takes t (B,), long, as its
-    second argument: the noise predictor of a DDPM. With residual=True the input is added to the
-    output: a reconstructor or a denoiser starts as the identity.
+    second argument: the noise predictor of a DDPM. With residual=True it gives a change of the
+    input and, through a sigmoid, the share of it that each pixel takes: a reconstructor or a
+    denoiser starts as the identity, and once a share has closed little moves that pixel.
     """
 
     def __init__(self, in_channels, out_channels, channels=16, mults=(2, 3, 4, 8), *,
@@ -113,7 +114,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.norm = group_norm(widths[0])
         self.widen = nn.Conv2d(widths[0], 16 * patch ** 2, 3, padding=1)    # 16 at full resolution
-        self.head = nn.Conv2d(16 + in_channels, out_channels, 3, padding=1)
+        self.head = nn.Conv2d(16 + in_channels, out_channels + residual, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():       # the pixels made of one start alike: no grid (ICNR, 2017)
@@ -150,7 +151,9 @@ class UNet(nn.Module):
             h = self.decoder[i](h, emb)
         h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), self.patch))
         out = self.head(torch.cat([h, x.to(h.dtype)], 1)).to(x.dtype)
-        out = x + out if self.residual else out
+        if self.residual:
+            change, share = out.split([out.shape[1] - 1, 1], 1)
+            out = x + torch.sigmoid(4 * share) * change
         return (out, z) if latent else out
 
 

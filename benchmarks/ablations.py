@@ -47,7 +47,10 @@ ABLATIONS = {
         ('sud', 'lam1 2', '--lam1', '2'),
         ('sud2', 'no warm-up', '--warmup', '0'), ('supervised', 'no shifts', '--shift', '0'),
         ('sud2', 'no shifts', '--shift', '0'), ('supervised', 'f(y) = network', 'plain'),
-        ('sud2', 'f(y) = network', 'plain'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
+        ('sud2', 'f(y) = network', 'plain'),
+        *((m, 'f(y) = y + network', 'added')
+          for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g', 'oracle')),
+        ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
         ('sud2', 'fp32', '--precision', 'fp32'),
         ('sud2-kl', 't to 500', '--kl-range', '20 500'),
         ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
@@ -74,6 +77,15 @@ def plain(*sizes, residual=False, **kind):
     return UNet(*sizes, **kind)
 
 
+def added(*sizes, residual=False, **kind):
+    """The network with all of its change added to y, none of it held back."""
+    net = UNet(*sizes, residual=residual, **kind)
+    if residual:
+        net.head.register_forward_hook(lambda _, __, out: sud2.torch.cat(
+            [out[:, :-1], sud2.torch.full_like(out[:, -1:], 9)], 1))
+    return net
+
+
 def uniform(T, n, g, device):
     """Times for the DDPM's training as DDPM has them."""
     return sud2.draw_times(0, T, n, g, device)
@@ -85,7 +97,7 @@ def adamw(net, lr):
 
 
 # flags end in one of these where the code itself differs: what takes the place of what
-CHANGES = {'plain': ('UNet', plain), 'uniform': ('prior_times', uniform),
+CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added), 'uniform': ('prior_times', uniform),
            'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw),
            **{f'with-{name}': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(
                clean=pairs)}) for name, pairs in (('clean', 'x_u'), ('g', 'g(x_u)'))},

@@ -96,6 +96,8 @@ MUTATIONS = [
     ('unet.py', 'p.grad = None   ', 'p.grad = p.grad'),
     ('unet.py', 'up.weight[:, :, :1, :1].expand_as(up.weight)', 'up.weight'),
     ('unet.py', 'p[::patch ** 2].repeat_interleave(patch ** 2, 0)', 'p'),
+    ('unet.py', 'x + torch.sigmoid(4 * share) * change', 'torch.sigmoid(4 * share) * change'),
+    ('unet.py', 'torch.sigmoid(4 * share) * change', '(4 * share) * change'),
     ('cyclegan.py', 'cycle * (l1_loss(gan.to_y(fake_x), y)', 'cycle * (l1_loss(gan.to_y(fake_x), x)'),
     ('cyclegan.py', 'identity * (l1_loss(gan.to_x(x), x)', 'identity * (l1_loss(gan.to_x(y), x)'),
     ('cyclegan.py', 'gan_loss(gan.real_x(fake_x), True)', 'gan_loss(gan.real_x(fake_x), False)'),
