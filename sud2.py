@@ -83,6 +83,7 @@ METHODS = {
     'sud2-kl+g': Method('entropy', lam1=1.0, clean='g(x_u)'),       # not in the paper
     'oracle': Method('truth', lam1=1.0),
 }
+ENDLESS = 'denoise', 'noise, denoise', 'R∘F'    # labels whose pull goes on where f is right
 Models = namedtuple('Models', 'prior denoiser gan', defaults=(None, None))   # frozen; None: unused
 
 
@@ -601,6 +602,8 @@ def train(run, method, seed, split, models, score):
         if m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:     # Dev. 3
             numbers |= unpaired.losses(x, y)
             ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
+            if m.label in ENDLESS:
+                ramp *= learning_rate(step, a.updates)              # Dev. 10
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
             loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
