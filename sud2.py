@@ -603,7 +603,7 @@ def train(run, method, seed, split, models, score):
             numbers |= unpaired.losses(x, y)
             ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
             if m.label in ENDLESS:
-                ramp *= cyclegan.linear_decay(step, a.updates)      # Dev. 10
+                ramp *= learning_rate(step, a.updates)              # Dev. 10
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
             loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, a.lr * learning_rate(step, a.updates))

@@ -50,7 +50,7 @@ ABLATIONS = {
         ('sud2', 'f(y) = network', 'plain'),
         *((m, 'f(y) = y + network', 'added')
           for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g', 'oracle')),
-        ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
+        ('sud2', 'lam1 constant', 'constant'), ('sud+reg+noise', 'sigma 0.5', '--sigma', '0.5'),
         ('sud2', 'fp32', '--precision', 'fp32'),
         ('sud2-kl', 't to 500', '--kl-range', '20 500'),
         ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
@@ -97,7 +97,8 @@ def adamw(net, lr):
 
 
 # flags end in one of these where the code itself differs: what takes the place of what
-CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added), 'uniform': ('prior_times', uniform),
+CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added),
+           'constant': ('ENDLESS', ()), 'uniform': ('prior_times', uniform),
            'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw),
            **{f'with-{name}': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(
                clean=pairs)}) for name, pairs in (('clean', 'x_u'), ('g', 'g(x_u)'))},

@@ -96,8 +96,6 @@ MUTATIONS = [
     ('unet.py', 'p.grad = None   ', 'p.grad = p.grad'),
     ('unet.py', 'up.weight[:, :, :1, :1].expand_as(up.weight)', 'up.weight'),
     ('unet.py', 'p[::patch ** 2].repeat_interleave(patch ** 2, 0)', 'p'),
-    ('unet.py', 'x + torch.sigmoid(4 * share) * change', 'torch.sigmoid(4 * share) * change'),
-    ('unet.py', 'torch.sigmoid(4 * share) * change', '(4 * share) * change'),
     ('cyclegan.py', 'cycle * (l1_loss(gan.to_y(fake_x), y)', 'cycle * (l1_loss(gan.to_y(fake_x), x)'),
     ('cyclegan.py', 'identity * (l1_loss(gan.to_x(x), x)', 'identity * (l1_loss(gan.to_x(y), x)'),
     ('cyclegan.py', 'gan_loss(gan.real_x(fake_x), True)', 'gan_loss(gan.real_x(fake_x), False)'),
@@ -109,6 +107,9 @@ MUTATIONS = [
     ('data.py', 'y[:pairs], y[pairs:], x[pairs:], images', 'y[:pairs], y, x, images'),
     ('data.py', "h.stem.split('_')[0] == name", "h.stem.split('_')[0] != name"),
     ('data.py', '[u[:, i:i + size, j:j + size] for u in group]', '[u[:, i:i + size, i:i + size] for u in group]'),
+    ('unet.py', 'x + torch.sigmoid(4 * share) * change', 'torch.sigmoid(4 * share) * change'),
+    ('unet.py', 'torch.sigmoid(4 * share) * change', '(4 * share) * change'),
+    ('sud2.py', 'if m.label in ENDLESS', 'if m.label not in ENDLESS'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
