@@ -611,7 +611,7 @@ def test_dehaze_runs_in_grey_and_has_no_hole(tmp_path):
     sud2.main(tiny(tmp_path, '--task', 'dehaze', '--channels', '1'))
     s = json.loads((tmp_path / 'metrics.json').read_text())['methods']['sud2']['0']
     assert s['psnr'] > 0 and s['psnr_hole'] is None and s['psnr_visible'] is None
-    assert weights(tmp_path / 'sud2-s0.pt')['head.weight'].shape[0] == 1
+    assert weights(tmp_path / 'sud2-s0.pt')['head.weight'].shape[0] == 2   # and a share
     assert 'in the hole' not in (tmp_path / 'table.md').read_text()
 
 
@@ -901,7 +901,7 @@ def test_another_runs_prior_serves(finished, tmp_path):
     assert not (tmp_path / 'a' / 'prior.pt').exists()
     with pytest.raises(ValueError, match='prior.pt: not there'):
         sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
-    with pytest.raises(ValueError, match='made with width 16, this run has 42'):
+    with pytest.raises(ValueError, match='made with width 16, this run has 32'):
         sud2.main(tiny(tmp_path / 'c', '--prior', str(finished), '--width', '32'))
     saved = torch.load(finished / 'prior.pt', weights_only=True)
     torch.save(saved | {'parts': saved['parts'] | {'opt': {}}}, tmp_path / 'prior.pt')
