@@ -827,7 +827,8 @@ def test_tables_are_those_of_the_results():
     readme, tables, ablated = ((HERE / name).read_text() for name in (
         'README.md', 'results/TABLES.md', 'results/ABLATIONS.md'))
     for name in ('inpaint-faces', 'inpaint-celeba', 'dehaze-scenes', 'celeba-ladder',
-                 'inpaint-celeba-2000-before', 'inpaint-faces-before', 'inpaint-celeba-constant'):
+                 'inpaint-celeba-2000', 'inpaint-celeba-constant',
+                 'inpaint-celeba-2000-before', 'inpaint-faces-before'):
         methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
         assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
     sys.path.insert(0, str(HERE / 'benchmarks'))
