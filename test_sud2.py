@@ -311,6 +311,22 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
     assert torch.autograd.grad(loss, denoiser.weight, allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize('method, falls', [
+    ('sud', True), ('sud2', True), ('sud2-kl', False), ('oracle', False)])
+def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, method, falls):
+    """With the learning rate, for the paper's labels; D^f - D^x and the truth end by themselves."""
+    run, used = sud2.Setup(tiny(tmp_path, '--warmup', '1', '--updates', '4', '--points', '1')), []
+    total_loss = sud2.total_loss
+    monkeypatch.setattr(sud2, 'total_loss', lambda paired, denoiser, reg, lam1, lam2: (
+        used.append(lam1), total_loss(paired, denoiser, reg, lam1, lam2))[1])
+    split = sud2.load_split(run.a, 0)
+    models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
+    sud2.train(run, method, 0, split, models, lambda f: {})
+    lam1 = 1.0 if method == 'oracle' else run.a.lam1
+    assert used == pytest.approx([lam1 * (sud2.learning_rate(k, 4) if falls else 1)
+                                  for k in (1, 2, 3)])
+
+
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     """KL(p_{f+ν} ‖ p_{x+ν}) of three outputs on a line, integrated on a grid, by autograd."""
     t, s = 250, 0.2
@@ -1097,22 +1113,6 @@ def test_unet_residual_starts_as_the_identity_and_takes_bf16():
     low = net.bfloat16()(x)
     assert low.dtype == torch.float32
     assert_close(low, out, atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize('method, falls', [
-    ('sud', True), ('sud2', True), ('sud2-kl', False), ('oracle', False)])
-def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, method, falls):
-    """With the learning rate, for the paper's labels; D^f - D^x and the truth end by themselves."""
-    run, used = sud2.Setup(tiny(tmp_path, '--warmup', '1', '--updates', '4', '--points', '1')), []
-    total_loss = sud2.total_loss
-    monkeypatch.setattr(sud2, 'total_loss', lambda paired, denoiser, reg, lam1, lam2: (
-        used.append(lam1), total_loss(paired, denoiser, reg, lam1, lam2))[1])
-    split = sud2.load_split(run.a, 0)
-    models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
-    sud2.train(run, method, 0, split, models, lambda f: {})
-    lam1 = 1.0 if method == 'oracle' else run.a.lam1
-    assert used == pytest.approx([lam1 * (sud2.learning_rate(k, 4) if falls else 1)
-                                  for k in (1, 2, 3)])
 
 
 def test_unet_residual_takes_a_share_of_the_change():
