@@ -3,8 +3,9 @@
 """SUD²: few-shot, semi-supervised image reconstruction with an unknown forward model.
 
 Chan, Young, Metzler: SUD²: Supervision by Denoising Diffusion Models for Image Reconstruction
-(2023). Read it in the paper's order: losses, the training loop, evaluation, command line.
-Images are float (B, C, H, W) in [-1, 1] inside; equation numbers are the workshop paper's.
+(2023). Read it in the paper's order: losses, the training loop, evaluation; then come pictures,
+what a run rests on, and the command line. Images are float (B, C, H, W) in [-1, 1] inside;
+equation numbers are the workshop paper's.
 """
 import argparse
 import contextlib
@@ -139,370 +140,38 @@ def measured(g, x):
 
 
 # ---------------------------------------------------------------------------- training
-def batch_of(images, index, flip, device):
-    """uint8 images at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
-    return mirrored(data.to_float(images[index].to(device)), flip)
-
-
-def mirrored(x, flip):
-    """Images x (B, C, H, W), left and right swapped where flip (B,) is true."""
-    return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
-
-
-def shifted(x, y, most, g):
-    """The same random shift of up to `most` pixels for x and y (B, C, H, W) of a pair, reflected
-    at the border: whatever the forward model is, a few pairs then show more places."""
-    if not most:
-        return x, y
-    padded = torch.nn.functional.pad(torch.cat([x, y], 1), (most,) * 4, mode='reflect')
-    offsets = torch.randint(2 * most + 1, (len(x), 2), generator=g).tolist()
-    H, W = x.shape[2:]
-    both = torch.stack([p[:, i:i + H, j:j + W] for p, (i, j) in zip(padded, offsets)])
-    return both.chunk(2, 1)
-
-
-def draw_batch(g, n, size):
-    """Random indices below n and coin flips for mirroring, (size,) each."""
-    return torch.randint(n, (size,), generator=g), torch.rand(size, generator=g) < .5
-
-
-class Group:
-    """The processes that torchrun started. All draw the same random numbers, those of the whole
-    batch, and keep their part: N processes compute what one does."""
-    rank, world = 0, 1
-
-    @classmethod
-    def join(cls, device):
-        """-> this process's device."""
-        cls.rank, cls.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)               # also for what nccl sends as objects
-        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        noise_like, pooled = ddpm.noise_like, cyclegan.pooled
-        ddpm.noise_like = lambda x, generator=None: cls.own(
-            noise_like(x.new_empty(len(x) * cls.world, *x.shape[1:]), generator))
-        cyclegan.pooled = lambda pool, images, generator: cls.own(
-            pooled(pool, cls.gather(images.detach()), generator))
-        return device
-
-    @classmethod
-    def own(cls, x):
-        """This process's part of a whole batch's x (B, ...) -> (B / world, ...)."""
-        return x[cls.rank::cls.world]
-
-    @classmethod
-    def average(cls, opt, *_):
-        """Averages the gradients that opt is to use over the processes, in one message."""
-        if cls.world == 1:
-            return
-        grads = [p.grad for group in opt.param_groups for p in group['params']]
-        message = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(message)
-        for g, part in zip(grads, message.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g) / cls.world)
-
-    @classmethod
-    def gather(cls, x):
-        """The whole batch's x (B, ...) from the processes' parts; gradients flow back."""
-        if cls.world == 1:
-            return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for _ in range(cls.world)]
-        torch.distributed.all_gather(parts, x.detach().contiguous())
-        parts[cls.rank] = parts[cls.rank] + cls.world * (x - x.detach())    # `average` divides
-        return torch.stack(parts, 1).flatten(0, 1)
-
-    @classmethod
-    def mean(cls, numbers):
-        """A dict of scalar tensors, averaged over the processes."""
-        if cls.world == 1:
-            return numbers
-        total = torch.stack([v.float() for v in numbers.values()])
-        torch.distributed.all_reduce(total)
-        return dict(zip(numbers, total / cls.world))
-
-    @classmethod
-    def any(cls, flag):
-        """Whether the flag is set in any process."""
-        if cls.world == 1:
-            return flag
-        flags = [None] * cls.world
-        torch.distributed.all_gather_object(flags, flag)
-        return any(flags)
-
-
-def draw_times(low, high, n, g, device):
-    """n random times t, low <= t < high, of this process."""
-    return Group.own(torch.randint(low, high, (n * Group.world,), generator=g, device=device))
-
-
-def prior_times(T, n, g, device):
-    """n random times t < T that the DDPM learns, of this process: ln t ~ N(ln 120, 1.1²)."""
-    ln_t = math.log(120) + 1.1 * torch.randn(n * Group.world, generator=g, device=device)
-    return Group.own(ln_t.exp().clamp(max=T - 1).long())            # Dev. 8
-
-
-def learning_rate(step, steps, warmup=50):
-    """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
-    return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
-
-
-def fit(run, name, parts, update, steps, keep, about):
-    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `name`.pt.
-
-    parts: name -> module, optimiser, generator or list that the update changes. All of them are
-    saved every --save-every seconds and when the user stops; when done, those named in `keep`
-    remain, with `about`, plain values that say what the checkpoint is. update returns a dict of
-    scalars for the progress line. Errors: a scalar that is not finite; what was saved stays.
-    """
-    path, log, about = run.out / f'{name}.pt', run.log(name), {**about, **run.about}
-    start, seconds = 0, 0.0
-    if path.exists():
-        saved = load(path, about)
-        start, seconds = saved['step'], saved['seconds']
-        try:
-            for k, state in saved['parts'].items():
-                restore(parts[k], state)
-        except Exception as e:          # whatever damage does to a state
-            raise ValueError(f'{path}: damaged, or not a checkpoint of this run') from e
-    began = last_save = last_line = time.monotonic()
-    with Stop.postponed():                              # to the end of an update
-        for step in range(start, steps):
-            numbers = Group.mean(update(step))
-            now, done, stop = time.monotonic(), step == steps - 1, Group.any(Stop.asked)
-            speak = now - last_line > 5 or done
-            write = now - last_save > run.a.save_every or done or stop
-            if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
-                raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
-                                 f'{path} keeps the last good state; try a lower learning rate')
-            if speak:
-                log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
-                last_line = now
-            if write:
-                save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began, 'parts':
-                            {k: snapshot(parts[k]) for k in (keep if done else parts)}})
-                last_save = time.monotonic()
-            if stop:
-                raise KeyboardInterrupt
-    return seconds + time.monotonic() - began
-
-
-class Stop:
-    """Ctrl-C, or SIGTERM: in training it waits for the end of an update, elsewhere acts at once."""
-    asked, waiting = False, False
-
-    @classmethod
-    def handler(cls, number, frame):
-        if cls.asked or not cls.waiting:
-            raise KeyboardInterrupt
-        cls.asked = True
-
-    @classmethod
-    @contextlib.contextmanager
-    def postponed(cls):
-        cls.waiting = True
-        try:
-            yield
-        finally:
-            cls.waiting = False
-
-
-def snapshot(part):
-    """The state of a module, optimiser, generator or list, as tensors and plain values."""
-    if isinstance(part, torch.Generator):
-        return part.get_state()
-    return list(part) if isinstance(part, list) else part.state_dict()
-
-
-def restore(part, state):
-    """Puts a snapshot back."""
-    if isinstance(part, torch.Generator):
-        part.set_state(state)
-    elif isinstance(part, list):
-        part[:] = state
-    else:
-        part.load_state_dict(state)
-
-
-def load(path, about):
-    """A checkpoint of this program. Errors: none there, a damaged one, or another kind of net."""
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        there = {k: saved[k] for k in (*about, 'step', 'seconds', 'parts')}
-    except Exception as e:              # whatever a damaged file does to the reader
-        raise ValueError(f'{path}: not there, damaged, or not a checkpoint of sud2') from e
-    for k, v in about.items():
-        if there[k] != v:
-            raise ValueError(f'{path}: made with {k} {there[k]}, this run has {v}')
-    return saved
-
-
-def save(path, value):
-    """Writes a checkpoint under a temporary name, then renames it: never half a file."""
-    if Group.rank:                                      # one process writes
-        return
-    try:
-        torch.save(value, f'{path}.tmp')
-    except RuntimeError as e:                           # torch's word for a full disk
-        Path(f'{path}.tmp').unlink(missing_ok=True)
-        raise OSError(f'{path}: cannot be written, is the disk full?') from e
-    os.replace(f'{path}.tmp', path)
-
-
-def multipliers(size):
-    """Channel multipliers of the levels, down to a bottleneck of 4 x 4 or nearly: of f's, which
-    begin at half of the size, times --width; and of the DDPM's, at the size, times a quarter."""
-    halvings = round(math.log2(size / 8))
-    return (1,) + (2,) * halvings, (2, 3, 4) + (8,) * (halvings - 1)
-
-
-class Setup:
-    """What all parts of a run share: flags, device, precision, output folder, schedule."""
-
-    def __init__(self, args):
-        self.a, self.out = args, Path(args.out)
-        auto = 'cuda' if torch.cuda.is_available() else 'cpu'
-        try:
-            self.device = torch.device(auto if args.device == 'auto' else args.device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f'--device {args.device}: not to be had here') from e
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1 and Group.world == 1:
-            self.device = Group.join(self.device)
-        for flag in ('batch', 'prior_batch', 'gan_batch'):
-            if getattr(args, flag) % Group.world:
-                raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must divide '
-                                 f'by the number of processes, {Group.world}')
-        self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
-        self.acp = ddpm.alphas_cumprod().to(self.device)
-        self.about = {'version': VERSION, 'task': args.task, 'channels': args.channels,
-                      'width': args.width, 'size': args.size}
-
-    def amp(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def net(self, seed, images=1, shrink=1, time=False, residual=False):
-        """A U-Net with initial weights of its own seed, the same for every method; it gives
-        `images` images and has 1 / shrink of --width. The DDPM's (time=True) has a level of full
-        resolution; f has none: of few pairs it would learn to change visible pixels there."""
-        torch.manual_seed(seed)
-        c, width, (mults, prior_mults) = self.a.channels, self.a.width, multipliers(self.a.size)
-        net = (UNet(c, c, width // 4, prior_mults, time=True) if time else
-               UNet(c, images * c, width // shrink, mults, patch=2, residual=residual))
-        return net.to(self.device, memory_format=torch.channels_last)
-
-    def log(self, part):
-        """-> a function that prints a progress line and appends it to log.jsonl."""
-        def line(step, steps, rate, numbers):
-            if Group.rank:
-                return
-            numbers = {k: float(v) for k, v in numbers.items()}
-            text = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-            left = (steps - step) / rate
-            print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left',
-                  flush=True)
-            with open(self.out / 'log.jsonl', 'a+b') as f:
-                f.seek(max(0, f.tell() - 1))
-                torn = f.read() not in (b'', b'\n')     # a run was killed in the middle of a line
-                text = json.dumps({'part': part, 'step': step, **numbers})
-                f.write(b'\n' * torn + text.encode() + b'\n')
-        return line
-
-
-def generators(seed, device):
-    """Separate sources of randomness, so that what one method draws does not move another's."""
-    return (torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1),
-            torch.Generator(device).manual_seed(seed + 2))
-
-
-def descend(loss, net, opt, lr):
-    """One clipped gradient step at learning rate lr."""
-    for group in opt.param_groups:
-        group['lr'] = lr
-    opt.zero_grad()
-    loss.backward()
-    Group.average(opt)
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    opt.step()
-
-
-def train_prior(run, images, which):
-    """Trains the DDPM ('prior') or the Gaussian denoiser D_σ ('denoiser') on U_x -> (net, seconds).
-
-    The weights returned are averaged over the steps (EMA). With --prior they are another run's.
-    """
-    a, diffusion = run.a, which == 'prior'
-    net = run.net(0, time=diffusion, residual=not diffusion)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    if a.prior:
-        saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
-        if 'opt' in saved['parts']:
-            raise ValueError(f'--prior {a.prior}: {which}.pt is not fully trained; go on there')
-        ema.load_state_dict(saved['parts']['ema'])
-        return ema, saved['seconds']
-    opt = Muon(net, a.prior_lr)
-    draws, _, noise = generators(0, run.device)
-    steps = a.prior_steps if diffusion else a.denoiser_steps
+def train(run, method, seed, split, models, score):
+    """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
+    a, m = run.a, METHODS[method]
+    lam1, lam2 = a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
+    f = run.net(seed, residual=True)                                # Dev. 6
+    opt = Muon(f, a.lr)                                             # Dev. 9
+    paired, curve = generators(100 * seed, run.device)[0], []
+    unpaired = Unpaired(run, m, seed, split, models, f)
 
     def update(step):
-        batch = map(Group.own, draw_batch(draws, len(images), a.prior_batch))
-        x = batch_of(images, *batch, run.device)
+        x, y = pairs_batch(run, split, paired)
         with run.amp():
-            if diffusion:
-                t = prior_times(len(run.acp), len(x), noise, run.device)
-                loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
-            else:
-                loss = ddpm.denoiser_loss(net, x, a.sigma, noise)
-        descend(loss, net, opt, a.prior_lr * learning_rate(step, steps))
-        ddpm.ema_update(ema, net, min(.995, (step + 1) / (step + 10)))
-        return {'loss': loss.detach()}
+            x_hat = f(y)
+        numbers = {'paired': paired_loss(x_hat, x)}
+        loss = numbers['paired']
+        if m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:     # Dev. 3
+            numbers |= unpaired.losses(x, y)
+            ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
+            if m.label in ENDLESS:
+                ramp *= learning_rate(step, a.updates)              # Dev. 10
+            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
+            loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
+        descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
+        if m.source == 'teacher':
+            ddpm.ema_update(unpaired.teacher, f, teacher_decay(step))
+        note_score(a, curve, step, a.updates, score, f)
+        return {k: v.detach() for k, v in numbers.items()}
 
-    parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
-    return ema, fit(run, which, parts, update, steps, ['ema'], {'kind': which})
-
-
-def pairs_batch(run, split, g):
-    """Pairs x, y (B, C, H, W) of one update, mirrored and shifted alike; of few pairs, all."""
-    n, a = len(split.pairs_x), run.a
-    index, flip = draw_batch(g, n, a.batch)
-    if n <= a.batch:
-        index, flip = torch.arange(n), flip[:n]
-    x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
-    x, y = shifted(x, y, a.shift, g)                                # Dev. 5
-    return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
-
-
-class Ensemble:
-    """Temporal ensembling (Laine & Aila 2017) of f's outputs on each of n measurements."""
-
-    def __init__(self, n, shape, device, alpha=.6):
-        self.alpha, self.Z = alpha, torch.zeros(n, *shape, device=device)
-        self.visits = torch.zeros(n, device=device)
-
-    def update(self, index, x_hat):
-        """Z <- αZ + (1 - α) x_hat (B, C, H, W) at index (B,) -> Z / (1 - α^visits)."""
-        for i, z in zip(index, torch.lerp(x_hat.float(), self.Z[index], self.alpha)):
-            self.Z[i] = z       # in turn: threads at once would race where an image is drawn twice
-        self.visits[index] += 1
-        return self.Z[index] / (1 - self.alpha ** self.visits[index]).view(-1, 1, 1, 1)
-
-    def state_dict(self):
-        return {'Z': self.Z, 'visits': self.visits}
-
-    def load_state_dict(self, state):
-        self.Z.copy_(state['Z'])
-        self.visits.copy_(state['visits'])
-
-
-def ramp_up(step, length):
-    """Weight of an ensemble's or a teacher's label: exp(-5 (1 - t)²), reaches 1 at `length`."""
-    return math.exp(-5 * (1 - min(1, step / max(1, length))) ** 2)
-
-
-def teacher_decay(step):
-    """Decay of the mean teacher's weights (Tarvainen & Valpola 2017): their mean at first."""
-    return min(1 - 1 / (step + 1), .999)
+    parts = {'f': f, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
+    seconds = fit(run, f'{method}-s{seed}', parts, update, a.updates, ['f', 'curve'],
+                  {'kind': 'reconstructor', 'method': method})
+    return f, curve, seconds
 
 
 class Unpaired:
@@ -584,44 +253,142 @@ class Unpaired:
         return loss
 
 
-def train(run, method, seed, split, models, score):
-    """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
-    a, m = run.a, METHODS[method]
-    lam1, lam2 = a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
-    f = run.net(seed, residual=True)                                # Dev. 6
-    opt = Muon(f, a.lr)                                             # Dev. 9
-    paired, curve = generators(100 * seed, run.device)[0], []
-    unpaired = Unpaired(run, m, seed, split, models, f)
+class Ensemble:
+    """Temporal ensembling (Laine & Aila 2017) of f's outputs on each of n measurements."""
 
-    def update(step):
-        x, y = pairs_batch(run, split, paired)
-        with run.amp():
-            x_hat = f(y)
-        numbers = {'paired': paired_loss(x_hat, x)}
-        loss = numbers['paired']
-        if m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:     # Dev. 3
-            numbers |= unpaired.losses(x, y)
-            ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
-            if m.label in ENDLESS:
-                ramp *= learning_rate(step, a.updates)              # Dev. 10
-            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
-            loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
-        descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
-        if m.source == 'teacher':
-            ddpm.ema_update(unpaired.teacher, f, teacher_decay(step))
-        note_score(a, curve, step, a.updates, score, f)
-        return {k: v.detach() for k, v in numbers.items()}
+    def __init__(self, n, shape, device, alpha=.6):
+        self.alpha, self.Z = alpha, torch.zeros(n, *shape, device=device)
+        self.visits = torch.zeros(n, device=device)
 
-    parts = {'f': f, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
-    seconds = fit(run, f'{method}-s{seed}', parts, update, a.updates, ['f', 'curve'],
-                  {'kind': 'reconstructor', 'method': method})
-    return f, curve, seconds
+    def update(self, index, x_hat):
+        """Z <- αZ + (1 - α) x_hat (B, C, H, W) at index (B,) -> Z / (1 - α^visits)."""
+        for i, z in zip(index, torch.lerp(x_hat.float(), self.Z[index], self.alpha)):
+            self.Z[i] = z       # in turn: threads at once would race where an image is drawn twice
+        self.visits[index] += 1
+        return self.Z[index] / (1 - self.alpha ** self.visits[index]).view(-1, 1, 1, 1)
+
+    def state_dict(self):
+        return {'Z': self.Z, 'visits': self.visits}
+
+    def load_state_dict(self, state):
+        self.Z.copy_(state['Z'])
+        self.visits.copy_(state['visits'])
+
+
+def ramp_up(step, length):
+    """Weight of an ensemble's or a teacher's label: exp(-5 (1 - t)²), reaches 1 at `length`."""
+    return math.exp(-5 * (1 - min(1, step / max(1, length))) ** 2)
+
+
+def teacher_decay(step):
+    """Decay of the mean teacher's weights (Tarvainen & Valpola 2017): their mean at first."""
+    return min(1 - 1 / (step + 1), .999)
+
+
+def pairs_batch(run, split, g):
+    """Pairs x, y (B, C, H, W) of one update, mirrored and shifted alike; of few pairs, all."""
+    n, a = len(split.pairs_x), run.a
+    index, flip = draw_batch(g, n, a.batch)
+    if n <= a.batch:
+        index, flip = torch.arange(n), flip[:n]
+    x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
+    x, y = shifted(x, y, a.shift, g)                                # Dev. 5
+    return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
+
+
+def batch_of(images, index, flip, device):
+    """uint8 images at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
+    return mirrored(data.to_float(images[index].to(device)), flip)
+
+
+def mirrored(x, flip):
+    """Images x (B, C, H, W), left and right swapped where flip (B,) is true."""
+    return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
+
+
+def shifted(x, y, most, g):
+    """The same random shift of up to `most` pixels for x and y (B, C, H, W) of a pair, reflected
+    at the border: whatever the forward model is, a few pairs then show more places."""
+    if not most:
+        return x, y
+    padded = torch.nn.functional.pad(torch.cat([x, y], 1), (most,) * 4, mode='reflect')
+    offsets = torch.randint(2 * most + 1, (len(x), 2), generator=g).tolist()
+    H, W = x.shape[2:]
+    both = torch.stack([p[:, i:i + H, j:j + W] for p, (i, j) in zip(padded, offsets)])
+    return both.chunk(2, 1)
+
+
+def draw_batch(g, n, size):
+    """Random indices below n and coin flips for mirroring, (size,) each."""
+    return torch.randint(n, (size,), generator=g), torch.rand(size, generator=g) < .5
+
+
+def draw_times(low, high, n, g, device):
+    """n random times t, low <= t < high, of this process."""
+    return Group.own(torch.randint(low, high, (n * Group.world,), generator=g, device=device))
+
+
+def prior_times(T, n, g, device):
+    """n random times t < T that the DDPM learns, of this process: ln t ~ N(ln 120, 1.1²)."""
+    ln_t = math.log(120) + 1.1 * torch.randn(n * Group.world, generator=g, device=device)
+    return Group.own(ln_t.exp().clamp(max=T - 1).long())            # Dev. 8
+
+
+def learning_rate(step, steps, warmup=50):
+    """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
+    return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
+
+
+def descend(loss, net, opt, lr):
+    """One clipped gradient step at learning rate lr."""
+    for group in opt.param_groups:
+        group['lr'] = lr
+    opt.zero_grad()
+    loss.backward()
+    Group.average(opt)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    opt.step()
 
 
 def note_score(a, curve, step, steps, score, f):
     """Appends f's score to the curve at --points evenly spaced steps, the last one among them."""
     if (step + 1) * a.points // steps > step * a.points // steps:
         curve.append({'update': step + 1, **score(f)})
+
+
+def train_prior(run, images, which):
+    """Trains the DDPM ('prior') or the Gaussian denoiser D_σ ('denoiser') on U_x -> (net, seconds).
+
+    The weights returned are averaged over the steps (EMA). With --prior they are another run's.
+    """
+    a, diffusion = run.a, which == 'prior'
+    net = run.net(0, time=diffusion, residual=not diffusion)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    if a.prior:
+        saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
+        if 'opt' in saved['parts']:
+            raise ValueError(f'--prior {a.prior}: {which}.pt is not fully trained; go on there')
+        ema.load_state_dict(saved['parts']['ema'])
+        return ema, saved['seconds']
+    opt = Muon(net, a.prior_lr)
+    draws, _, noise = generators(0, run.device)
+    steps = a.prior_steps if diffusion else a.denoiser_steps
+
+    def update(step):
+        batch = map(Group.own, draw_batch(draws, len(images), a.prior_batch))
+        x = batch_of(images, *batch, run.device)
+        with run.amp():
+            if diffusion:
+                t = prior_times(len(run.acp), len(x), noise, run.device)
+                loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
+            else:
+                loss = ddpm.denoiser_loss(net, x, a.sigma, noise)
+        descend(loss, net, opt, a.prior_lr * learning_rate(step, steps))
+        ddpm.ema_update(ema, net, min(.995, (step + 1) / (step + 10)))
+        return {'loss': loss.detach()}
+
+    parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
+    return ema, fit(run, which, parts, update, steps, ['ema'], {'kind': which})
 
 
 def train_cyclegan(run, seed, split, score):
@@ -814,23 +581,6 @@ def colour(x):
     return x.expand(-1, 3, -1, -1)
 
 
-def fast_bf16(device):
-    """Whether this device computes faster in bf16: times one convolution both ways, in 2 ms."""
-    return conv_rate(device, torch.bfloat16) > conv_rate(device, torch.float32)
-
-
-def conv_rate(device, dtype):
-    """GFLOP/s of a 3x3 convolution of the network's shape, best of a few."""
-    x = torch.ones(16, 64, 16, 16, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    w = torch.ones(64, 64, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.nn.functional.conv2d(x, w, padding=1)[0, 0, 0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 9 * 64 * x.numel() / min(seconds) / 1e9
-
-
 # ---------------------------------------------------------------------------- table and pictures
 COLUMNS = {                     # key in metrics.json -> heading, format
     'psnr': ('PSNR ↑', '.2f'), 'psnr_hole': ('in the hole ↑', '.2f'),
@@ -969,12 +719,335 @@ def curves(methods, path, truth):
         plot(panels, path)
 
 
+# ---------------------------------------------------------------------------- what a run rests on
+VERSION = 4             # of checkpoints: goes up when older ones can no longer be read
+
+
+def multipliers(size):
+    """Channel multipliers of the levels, down to a bottleneck of 4 x 4 or nearly: of f's, which
+    begin at half of the size, times --width; and of the DDPM's, at the size, times a quarter."""
+    halvings = round(math.log2(size / 8))
+    return (1,) + (2,) * halvings, (2, 3, 4) + (8,) * (halvings - 1)
+
+
+class Setup:
+    """What all parts of a run share: flags, device, precision, output folder, schedule."""
+
+    def __init__(self, args):
+        self.a, self.out = args, Path(args.out)
+        auto = 'cuda' if torch.cuda.is_available() else 'cpu'
+        try:
+            self.device = torch.device(auto if args.device == 'auto' else args.device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f'--device {args.device}: not to be had here') from e
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1 and Group.world == 1:
+            self.device = Group.join(self.device)
+        for flag in ('batch', 'prior_batch', 'gan_batch'):
+            if getattr(args, flag) % Group.world:
+                raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must divide '
+                                 f'by the number of processes, {Group.world}')
+        self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
+        self.acp = ddpm.alphas_cumprod().to(self.device)
+        self.about = {'version': VERSION, 'task': args.task, 'channels': args.channels,
+                      'width': args.width, 'size': args.size}
+
+    def amp(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def net(self, seed, images=1, shrink=1, time=False, residual=False):
+        """A U-Net with initial weights of its own seed, the same for every method; it gives
+        `images` images and has 1 / shrink of --width. The DDPM's (time=True) has a level of full
+        resolution; f has none: of few pairs it would learn to change visible pixels there."""
+        torch.manual_seed(seed)
+        c, width, (mults, prior_mults) = self.a.channels, self.a.width, multipliers(self.a.size)
+        net = (UNet(c, c, width // 4, prior_mults, time=True) if time else
+               UNet(c, images * c, width // shrink, mults, patch=2, residual=residual))
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def log(self, part):
+        """-> a function that prints a progress line and appends it to log.jsonl."""
+        def line(step, steps, rate, numbers):
+            if Group.rank:
+                return
+            numbers = {k: float(v) for k, v in numbers.items()}
+            text = '  '.join(f'{k} {v:.4f}' for k, v in numbers.items())
+            left = (steps - step) / rate
+            print(f'{part:>16}  {step:5d}/{steps}  {text}  {rate:.1f}/s  {left:4.0f} s left',
+                  flush=True)
+            with open(self.out / 'log.jsonl', 'a+b') as f:
+                f.seek(max(0, f.tell() - 1))
+                torn = f.read() not in (b'', b'\n')     # a run was killed in the middle of a line
+                text = json.dumps({'part': part, 'step': step, **numbers})
+                f.write(b'\n' * torn + text.encode() + b'\n')
+        return line
+
+
+def generators(seed, device):
+    """Separate sources of randomness, so that what one method draws does not move another's."""
+    return (torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1),
+            torch.Generator(device).manual_seed(seed + 2))
+
+
+def fit(run, name, parts, update, steps, keep, about):
+    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `name`.pt.
+
+    parts: name -> module, optimiser, generator or list that the update changes. All of them are
+    saved every --save-every seconds and when the user stops; when done, those named in `keep`
+    remain, with `about`, plain values that say what the checkpoint is. update returns a dict of
+    scalars for the progress line. Errors: a scalar that is not finite; what was saved stays.
+    """
+    path, log, about = run.out / f'{name}.pt', run.log(name), {**about, **run.about}
+    start, seconds = 0, 0.0
+    if path.exists():
+        saved = load(path, about)
+        start, seconds = saved['step'], saved['seconds']
+        try:
+            for k, state in saved['parts'].items():
+                restore(parts[k], state)
+        except Exception as e:          # whatever damage does to a state
+            raise ValueError(f'{path}: damaged, or not a checkpoint of this run') from e
+    began = last_save = last_line = time.monotonic()
+    with Stop.postponed():                              # to the end of an update
+        for step in range(start, steps):
+            numbers = Group.mean(update(step))
+            now, done, stop = time.monotonic(), step == steps - 1, Group.any(Stop.asked)
+            speak = now - last_line > 5 or done
+            write = now - last_save > run.a.save_every or done or stop
+            if (speak or write) and not all(math.isfinite(v) for v in numbers.values()):
+                raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
+                                 f'{path} keeps the last good state; try a lower learning rate')
+            if speak:
+                log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
+                last_line = now
+            if write:
+                save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began, 'parts':
+                            {k: snapshot(parts[k]) for k in (keep if done else parts)}})
+                last_save = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
+    return seconds + time.monotonic() - began
+
+
+class Stop:
+    """Ctrl-C, or SIGTERM: in training it waits for the end of an update, elsewhere acts at once."""
+    asked, waiting = False, False
+
+    @classmethod
+    def handler(cls, number, frame):
+        if cls.asked or not cls.waiting:
+            raise KeyboardInterrupt
+        cls.asked = True
+
+    @classmethod
+    @contextlib.contextmanager
+    def postponed(cls):
+        cls.waiting = True
+        try:
+            yield
+        finally:
+            cls.waiting = False
+
+
+def snapshot(part):
+    """The state of a module, optimiser, generator or list, as tensors and plain values."""
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return list(part) if isinstance(part, list) else part.state_dict()
+
+
+def restore(part, state):
+    """Puts a snapshot back."""
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, list):
+        part[:] = state
+    else:
+        part.load_state_dict(state)
+
+
+def load(path, about):
+    """A checkpoint of this program. Errors: none there, a damaged one, or another kind of net."""
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        there = {k: saved[k] for k in (*about, 'step', 'seconds', 'parts')}
+    except Exception as e:              # whatever a damaged file does to the reader
+        raise ValueError(f'{path}: not there, damaged, or not a checkpoint of sud2') from e
+    for k, v in about.items():
+        if there[k] != v:
+            raise ValueError(f'{path}: made with {k} {there[k]}, this run has {v}')
+    return saved
+
+
+def save(path, value):
+    """Writes a checkpoint under a temporary name, then renames it: never half a file."""
+    if Group.rank:                                      # one process writes
+        return
+    try:
+        torch.save(value, f'{path}.tmp')
+    except RuntimeError as e:                           # torch's word for a full disk
+        Path(f'{path}.tmp').unlink(missing_ok=True)
+        raise OSError(f'{path}: cannot be written, is the disk full?') from e
+    os.replace(f'{path}.tmp', path)
+
+
+def write_json(path, value):
+    """Writes JSON under a temporary name, then renames it."""
+    Path(f'{path}.tmp').write_text(json.dumps(value, indent=1) + '\n')
+    os.replace(f'{path}.tmp', path)
+
+
+# what may differ when a run goes on
+FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'checkpoint',
+        'save_every'}
+
+
+def fingerprint(folders):
+    """A hash of the names, sizes and times of all files in folders; '' for none."""
+    digest = hashlib.sha256()
+    for folder in filter(None, folders):
+        for f in sorted(Path(folder).rglob('*')):
+            if f.is_file():
+                s = f.stat()
+                digest.update(f'{f.relative_to(folder)} {s.st_size} {s.st_mtime_ns}'.encode(
+                    errors='surrogateescape'))
+    return digest.hexdigest() if any(folders) else ''
+
+
+def check_config(run):
+    """Writes config.json, or compares with the one that is there. Errors: a flag or data that
+    differ."""
+    path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
+    config['files'] = fingerprint([run.a.data, run.a.images])
+    if Group.rank:
+        return config
+    if path.exists():
+        try:
+            there = json.loads(path.read_bytes())
+            there = {k: there[k] for k in config}
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{path}: damaged, or of another version; use another --out') from e
+        if there['files'] != config['files']:
+            raise ValueError('--data or --images: not the files that this run began with; '
+                             'use another --out')
+        for k, v in config.items():
+            if there[k] != v:
+                raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there[k]}; '
+                                 'use that value, or another --out')
+    write_json(path, config)
+    return config
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Holds the output folder for this process; the system lets go when it ends, however it ends.
+    Errors: another process holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if Group.rank:                                      # the first process holds it for all
+        yield
+        return
+    with open(out / 'lock', 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ValueError(f'--out {out}: another process is at work there') from e
+        yield
+
+
+class Group:
+    """The processes that torchrun started. All draw the same random numbers, those of the whole
+    batch, and keep their part: N processes compute what one does."""
+    rank, world = 0, 1
+
+    @classmethod
+    def join(cls, device):
+        """-> this process's device."""
+        cls.rank, cls.world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)               # also for what nccl sends as objects
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        noise_like, pooled = ddpm.noise_like, cyclegan.pooled
+        ddpm.noise_like = lambda x, generator=None: cls.own(
+            noise_like(x.new_empty(len(x) * cls.world, *x.shape[1:]), generator))
+        cyclegan.pooled = lambda pool, images, generator: cls.own(
+            pooled(pool, cls.gather(images.detach()), generator))
+        return device
+
+    @classmethod
+    def own(cls, x):
+        """This process's part of a whole batch's x (B, ...) -> (B / world, ...)."""
+        return x[cls.rank::cls.world]
+
+    @classmethod
+    def average(cls, opt, *_):
+        """Averages the gradients that opt is to use over the processes, in one message."""
+        if cls.world == 1:
+            return
+        grads = [p.grad for group in opt.param_groups for p in group['params']]
+        message = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(message)
+        for g, part in zip(grads, message.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g) / cls.world)
+
+    @classmethod
+    def gather(cls, x):
+        """The whole batch's x (B, ...) from the processes' parts; gradients flow back."""
+        if cls.world == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for _ in range(cls.world)]
+        torch.distributed.all_gather(parts, x.detach().contiguous())
+        parts[cls.rank] = parts[cls.rank] + cls.world * (x - x.detach())    # `average` divides
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @classmethod
+    def mean(cls, numbers):
+        """A dict of scalar tensors, averaged over the processes."""
+        if cls.world == 1:
+            return numbers
+        total = torch.stack([v.float() for v in numbers.values()])
+        torch.distributed.all_reduce(total)
+        return dict(zip(numbers, total / cls.world))
+
+    @classmethod
+    def any(cls, flag):
+        """Whether the flag is set in any process."""
+        if cls.world == 1:
+            return flag
+        flags = [None] * cls.world
+        torch.distributed.all_gather_object(flags, flag)
+        return any(flags)
+
+
+def fast_bf16(device):
+    """Whether this device computes faster in bf16: times one convolution both ways, in 2 ms."""
+    return conv_rate(device, torch.bfloat16) > conv_rate(device, torch.float32)
+
+
+def conv_rate(device, dtype):
+    """GFLOP/s of a 3x3 convolution of the network's shape, best of a few."""
+    x = torch.ones(16, 64, 16, 16, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    w = torch.ones(64, 64, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.nn.functional.conv2d(x, w, padding=1)[0, 0, 0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 9 * 64 * x.numel() / min(seconds) / 1e9
+
+
+def processor():
+    """The processor's name, as far as the system tells."""
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
+             if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else os.uname().machine
+
+
 # ---------------------------------------------------------------------------- command line
 QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
          'updates': 80, 'warmup': 30, 'gan_steps': 40}
-
-
-VERSION = 4             # of checkpoints: goes up when older ones can no longer be read
 
 
 class Positive:
@@ -1188,53 +1261,6 @@ def load_split(a, seed):
     return split.grey() if a.channels == 1 else split
 
 
-# what may differ when a run goes on
-FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'checkpoint',
-        'save_every'}
-
-
-def fingerprint(folders):
-    """A hash of the names, sizes and times of all files in folders; '' for none."""
-    digest = hashlib.sha256()
-    for folder in filter(None, folders):
-        for f in sorted(Path(folder).rglob('*')):
-            if f.is_file():
-                s = f.stat()
-                digest.update(f'{f.relative_to(folder)} {s.st_size} {s.st_mtime_ns}'.encode(
-                    errors='surrogateescape'))
-    return digest.hexdigest() if any(folders) else ''
-
-
-def check_config(run):
-    """Writes config.json, or compares with the one that is there. Errors: a flag or data that
-    differ."""
-    path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
-    config['files'] = fingerprint([run.a.data, run.a.images])
-    if Group.rank:
-        return config
-    if path.exists():
-        try:
-            there = json.loads(path.read_bytes())
-            there = {k: there[k] for k in config}
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f'{path}: damaged, or of another version; use another --out') from e
-        if there['files'] != config['files']:
-            raise ValueError('--data or --images: not the files that this run began with; '
-                             'use another --out')
-        for k, v in config.items():
-            if there[k] != v:
-                raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there[k]}; '
-                                 'use that value, or another --out')
-    write_json(path, config)
-    return config
-
-
-def write_json(path, value):
-    """Writes JSON under a temporary name, then renames it."""
-    Path(f'{path}.tmp').write_text(json.dumps(value, indent=1) + '\n')
-    os.replace(f'{path}.tmp', path)
-
-
 def millions(net):
     """The number of a network's parameters, in millions, as text."""
     return f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f}'
@@ -1265,14 +1291,6 @@ def plan(run):
           f'about {(priors * (not a.prior) + methods) * forward / 60 + .2:.1f} minutes; '
           f'output in {run.out}',
           flush=True)
-
-
-def processor():
-    """The processor's name, as far as the system tells."""
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
-             if line.startswith('model name')] if info.exists() else []
-    return names[0] if names else os.uname().machine
 
 
 def restore_pictures(a):
@@ -1316,6 +1334,11 @@ def restore_pictures(a):
         raise ValueError(f'{len(failed)} of {len(files)} not restored: ' + '; '.join(failed))
 
 
+def needs_denoiser(a):
+    """Whether a method of this run calls D_σ."""
+    return any('denoise' in (METHODS[m].label or '') for m in a.method)
+
+
 def report(run, methods, prior_scores, began, rows, truth_corr):
     """Writes metrics.json, table.md, grid.png and curves.png; prints the table."""
     gap_closed(methods)
@@ -1333,27 +1356,6 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
     grid(rows, run.out / 'grid.png')
     curves(methods, run.out / 'curves.png', truth_corr)
     print(f'\n{text}\n\n{run.out}/grid.png\n{run.out}/curves.png')
-
-
-@contextlib.contextmanager
-def locked(out):
-    """Holds the output folder for this process; the system lets go when it ends, however it ends.
-    Errors: another process holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    if Group.rank:                                      # the first process holds it for all
-        yield
-        return
-    with open(out / 'lock', 'w') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise ValueError(f'--out {out}: another process is at work there') from e
-        yield
-
-
-def needs_denoiser(a):
-    """Whether a method of this run calls D_σ."""
-    return any('denoise' in (METHODS[m].label or '') for m in a.method)
 
 
 def work(run, began):
