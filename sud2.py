@@ -125,17 +125,24 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
     return x_hat - (D_f - D_x), (eps_f - eps).square().mean()
 
 
-def measured(g, x):
+def change(x, y):
+    """Not in the paper: what the degradation does to most pixels: the median of y - x over an
+    image's pixels, (B, C, H, W) -> (B, C, 1, 1); 0 where it leaves more than half of them alone."""
+    return (y - x).flatten(2).median(2).values[..., None, None]
+
+
+def measured(g, x, c):
     """Not in the paper: a measurement (B, C, H, W) of images x like it, by the learnt operator g.
 
     The forward operator 𝓕 is unknown but is a function, from images to measurements, and examples
     of it are at hand: the pairs, and f(y_u) with y_u. The U-Net g learns it from both, and turns
     clean images x_u into as many pairs (g(x_u), x_u) for f: back-translation, as Sennrich et al.
-    2016 call it between languages. g(x) is x, covered: the net gives what covers and, through a
-    sigmoid, how much. Under a share of 1 nothing of x is left, where a sum would leave a trace
-    that f learns to read.
+    2016 call it between languages. Where 𝓕 depends on more than the image, as haze does, c, the
+    `change` seen in an example, tells g of it, and x_u gets that of some measurement. g's output
+    is x, covered: the net gives what covers and, through a sigmoid, how much. Under a share of 1
+    nothing of x is left, where a sum would leave a trace that f learns to read.
     """
-    cover, share = g(x).float().chunk(2, 1)
+    cover, share = g(torch.cat([x, c.expand_as(x)], 1)).float().chunk(2, 1)
     return torch.lerp(x, cover, torch.sigmoid(4 * share - 2))       # starts near the identity
 
 
@@ -245,9 +252,10 @@ class Unpaired:
         x_u = batch_of(images, *self.batch(images)[:2], run.device)
         with run.amp():
             with torch.no_grad():
-                made = measured(self.g, x_u)
+                made = measured(self.g, x_u, change(x_hat, y_u))
             loss = paired_loss(self.f(made), x_u)
-            y_hat = measured(self.g, torch.cat([x, x_hat])).tensor_split([len(x)])
+            known, shown = torch.cat([x, x_hat]), torch.cat([y, y_u])
+            y_hat = measured(self.g, known, change(known, shown)).tensor_split([len(x)])
         descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), self.g, self.g_opt,
                 run.a.kl_lr)
         return loss
@@ -756,13 +764,13 @@ class Setup:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def net(self, seed, images=1, shrink=1, time=False, residual=False):
-        """A U-Net with initial weights of its own seed, the same for every method; it gives
-        `images` images and has 1 / shrink of --width. The DDPM's (time=True) has a level of full
-        resolution; f has none: of few pairs it would learn to change visible pixels there."""
+        """A U-Net with initial weights of its own seed, the same for every method; it takes and
+        gives `images` images and has 1 / shrink of --width. The DDPM's (time=True) has a level of
+        full resolution; f has none: of few pairs it would learn to change visible pixels there."""
         torch.manual_seed(seed)
         c, width, (mults, prior_mults) = self.a.channels, self.a.width, multipliers(self.a.size)
         net = (UNet(c, c, width // 4, prior_mults, time=True) if time else
-               UNet(c, images * c, width // shrink, mults, patch=2, residual=residual))
+               UNet(images * c, images * c, width // shrink, mults, patch=2, residual=residual))
         return net.to(self.device, memory_format=torch.channels_last)
 
     def log(self, part):

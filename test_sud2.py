@@ -385,14 +385,14 @@ def test_what_g_covers_leaves_no_trace():
     """measured() is x where g covers nothing and the cover alone where it covers all."""
     x, cover = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     for share, expected in ((-99, x), (99, cover), (0.5, (x + cover) / 2)):
-        got = sud2.measured(lambda x, s=share: torch.cat([cover, 0 * x + s], 1), x)
+        got = sud2.measured(lambda _, s=share: torch.cat([cover, 0 * x + s], 1), x, x[..., :1, :1])
         assert_close(got, expected)
 
 
 def test_g_learns_a_hole_that_moves_with_the_image():
     """Black left half, hole in it; or the same at the right: seen on images that were not shown."""
     torch.manual_seed(0)
-    g = UNet(1, 2, 16, (1, 2))
+    g = UNet(2, 2, 16, (1, 2))
     opt = Muon(g, 5e-3)
 
     def examples(n):
@@ -404,16 +404,38 @@ def test_g_learns_a_hole_that_moves_with_the_image():
         return sud2.mirrored(x, flip), sud2.mirrored(y, flip)
     for _ in range(150):
         x, y = examples(16)
-        sud2.descend(sud2.paired_loss(sud2.measured(g, x), y), g, opt, 5e-3)
+        sud2.descend(sud2.paired_loss(sud2.measured(g, x, sud2.change(x, y)), y), g, opt, 5e-3)
     x, y = examples(64)
     with torch.no_grad():
-        assert (sud2.measured(g, x) - y).square().mean().sqrt() < 0.05
+        assert (sud2.measured(g, x, sud2.change(x, y)) - y).square().mean().sqrt() < 0.05
+
+
+def test_g_is_told_what_most_pixels_undergo():
+    """Fog that differs from image to image: g gives a clean one the fog that c says."""
+    x, y = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    y[0] = 0.25
+    y[:, :, :2, 1:] = 9                                 # 6 of 16 pixels: a hole leaves c alone
+    assert sud2.change(x, y).flatten().tolist() == [0.25, 0]
+    torch.manual_seed(0)
+    g = UNet(2, 2, 16, (1, 2))
+    opt = Muon(g, 5e-3)
+    for _ in range(150):
+        x, share = torch.rand(16, 1, 16, 16), 0.8 * torch.rand(16, 1, 1, 1)
+        y = torch.lerp(x, torch.ones(()), share)
+        sud2.descend(sud2.paired_loss(sud2.measured(g, x, sud2.change(x, y)), y), g, opt, 5e-3)
+    x, other = torch.rand(2, 16, 1, 16, 16)
+    for share in (0.1, 0.7):
+        y, foggy = (torch.lerp(u, torch.ones(()), share) for u in (x, other))
+        with torch.no_grad():
+            y_hat = sud2.measured(g, x, sud2.change(other, foggy))
+        assert (y_hat - y).abs().mean() < .05
 
 
 @pytest.mark.parametrize('method', ['sud2-kl', 'sud2-kl+g'])
 def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
     """The first update, of flat images: f(y) = y - .2, say, and g(x) = (1 - sigmoid(-2)) x."""
-    losses, run = [], sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
+    run = sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
+    losses, told, measured = [], [], sud2.measured
     x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
                           for v in (30, 90, 150, 250))
     split = data.Split(x_p, y_p, y_u, None, x_u, None, y_u)
@@ -427,6 +449,8 @@ def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
     monkeypatch.setattr(run, 'net', biased)
     monkeypatch.setattr(sud2, 'descend', lambda loss, *more: (
         losses.append(loss.item()), descend(loss, *more)))
+    monkeypatch.setattr(sud2, 'measured', lambda g, x, c: (
+        told.extend(c[:, 0, 0, 0].tolist()), measured(g, x, c))[1])
     prior = run.net(0, time=True)
     sud2.train(run, method, 0, split, sud2.Models(prior), lambda f: {})
     x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
@@ -435,6 +459,8 @@ def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
     _, *of_g, of_f = losses                 # D^f is the prior still: nothing is pulled
     assert of_g == [pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
                     ] * ('+g' in method)
+    c = 4 * [0.2] + [y_p - x_p] + 4 * [0.2] if '+g' in method else []   # x_u gets that of y_u
+    assert told == pytest.approx(c, abs=1e-4)
     assert of_f == pytest.approx((y_p - 0.2 - x_p) ** 2 + run.a.lam3 * clean, abs=1e-4)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert log[-1]['clean'] == pytest.approx(clean, abs=1e-4)

@@ -4,6 +4,7 @@ and a table, which results/ABLATIONS.md holds.
 
     python sud2.py --task inpaint --method all --seed 0 1 2
     python benchmarks/ablations.py --prior runs/inpaint [NAME ...]
+    python benchmarks/ablations.py --prior runs/dehaze haze --task dehaze
 
 Every setting is a run of sud2.py with the flags below; what is done is not done again, and what
 the finished run has is taken from there.
@@ -64,6 +65,8 @@ ABLATIONS = {
         ('as it is',), ('DDPM of 6,000 steps', '--prior-steps', '6000'),
         ('DDPM of uniform times', 'uniform'),
         ('all trained with AdamW', '--prior-lr', '3e-3', '--lr', '4e-4', 'all-adamw'))}),
+    'haze': (None, {f'sud2-kl+g, {what}': [['--method', 'sud2-kl+g', *flags]] for what, *flags in (
+        ('as it is',), ('g is not told c', 'no-c'))}),
 }
 KEYS = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
 # what the defaults are, so that a setting that several ablations share is run once
@@ -102,7 +105,9 @@ CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added),
            'adamw': ('Muon', adamw), 'all-adamw': ('Muon', adamw),
            **{f'with-{name}': ('METHODS', sud2.METHODS | {'sud2': sud2.METHODS['sud2']._replace(
                clean=pairs)}) for name, pairs in (('clean', 'x_u'), ('g', 'g(x_u)'))},
-           'sum': ('measured', lambda g, x: x + g(x).float().chunk(2, 1)[0]),
+           'sum': ('measured', lambda g, x, c: x + g(sud2.torch.cat([x, c.expand_as(x)], 1))
+                   .float().chunk(2, 1)[0]),
+           'no-c': ('change', lambda x, y: 0 * x[..., :1, :1]),
            'no-pull': ('denoiser_loss', lambda x_hat, label: 0 * x_hat.mean())}
 
 
@@ -132,11 +137,11 @@ def run(flags, a):
 def scores(out, flags):
     """The scores of a finished run's method at its last update, and its DDPM's loss."""
     report = json.loads((out / 'metrics.json').read_text())
-    seeds = {seed: {k: s[k] for k in KEYS}
+    seeds = {seed: {k: s[k] for k in KEYS if s[k] is not None}      # haze has no hole
              for seed, s in report['methods'].get(flags[1], {}).items()}
     if list(seeds) != ['0', '1', '2']:
         raise ValueError(f'{out}: a run of {flags[1]} with --seed 0 1 2 is needed')
-    print(*flags, *(f'{k} {mean(seeds, k):.3f}' for k in KEYS), flush=True)
+    print(*flags, *(f'{k} {mean(seeds, k):.3f}' for k in seeds['0']), flush=True)
     return {'seeds': seeds, 'eps_loss': report['prior']['eps_loss']}
 
 
@@ -174,7 +179,7 @@ def main():
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
     a, a.more = p.parse_known_args()
-    for name in a.names or ABLATIONS:
+    for name in a.names or [n for n in ABLATIONS if n != 'haze']:
         x_axis, lines = ABLATIONS[name]
         points = {line: [{'flags': flags, **run(flags, a)} for flags in settings]
                   for line, settings in lines.items()}
