@@ -175,7 +175,8 @@ def panels_of(name, x_axis, points):
 
 def main():
     p = argparse.ArgumentParser(description='Runs ablations of sud2.', allow_abbrev=False)
-    p.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ABLATIONS)}; or all')
+    p.add_argument('names', nargs='*', metavar='NAME',
+                   help=f'of {", ".join(ABLATIONS)}; without a name all but haze')
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
     p.add_argument('--out', default='runs/ablations')
     a, a.more = p.parse_known_args()
