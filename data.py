@@ -582,6 +582,17 @@ class Split:
     test_y: torch.Tensor | list
     test_hole: torch.Tensor | None = None
 
+    def to(self, device):
+        """Puts what is trained on there, what is scored on stays. Errors: it does not fit."""
+        try:
+            for k in ('pairs_x', 'pairs_y', 'measurements', 'measurements_x', 'images'):
+                if getattr(self, k) is not None:
+                    setattr(self, k, getattr(self, k).to(device))
+        except torch.OutOfMemoryError as e:
+            raise ValueError(f'--device {device}: no room for the images; use a smaller --size or '
+                             '--clean') from e
+        return self
+
     def grey(self):
         """The same split with one channel, the luminance."""
         def luminance(u):

@@ -108,4 +108,5 @@ def denoiser_loss(denoiser, x, sigma, generator=None):
 @torch.no_grad()
 def ema_update(averaged, model, decay):
     """averaged <- decay * averaged + (1 - decay) * model, weight by weight, in place."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for p, q in zip(averaged.parameters(), model.parameters()):
+        p.lerp_(q, 1 - decay)

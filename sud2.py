@@ -10,6 +10,7 @@ equation numbers are the workshop paper's.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -156,28 +157,32 @@ def train(run, method, seed, split, models, score):
     paired, curve = generators(100 * seed, run.device)[0], []
     unpaired = Unpaired(run, m, seed, split, models, f)
 
-    def update(step):
+    def schedule(step):
+        falls = learning_rate(step, a.updates)
+        ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
+        return {'pull': ramp * (falls if m.label in ENDLESS else 1) * lam1,     # Dev. 10
+                'decay': teacher_decay(step), 'lr': a.lr * falls,
+                'with_unpaired': bool(m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup)}
+
+    def update(pull, decay, lr, with_unpaired):
         x, y = pairs_batch(run, split, paired)
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
-        if m.label and (lam1 > 0 or lam2 > 0) and step >= a.warmup:     # Dev. 3
+        if with_unpaired:                                           # Dev. 3
             numbers |= unpaired.losses(x, y)
-            ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
-            if m.label in ENDLESS:
-                ramp *= learning_rate(step, a.updates)              # Dev. 10
-            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], ramp * lam1, lam2)
+            loss = total_loss(loss, numbers['denoiser'], numbers['reg'], pull, lam2)
             loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
-        descend(loss, f, opt, a.lr * learning_rate(step, a.updates))
+        descend(loss, f, opt, lr)
         if m.source == 'teacher':
-            ddpm.ema_update(unpaired.teacher, f, teacher_decay(step))
-        note_score(a, curve, step, a.updates, score, f)
+            ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
 
     parts = {'f': f, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
-    seconds = fit(run, f'{method}-s{seed}', parts, update, a.updates, ['f', 'curve'],
-                  {'kind': 'reconstructor', 'method': method})
+    seconds = fit(run, f'{method}-s{seed}', parts, recorded(update, parts, run.device), schedule,
+                  a.updates, ['f', 'curve'], {'kind': 'reconstructor', 'method': method},
+                  lambda step: note_score(a, curve, step, a.updates, score, f))
     return f, curve, seconds
 
 
@@ -222,8 +227,8 @@ class Unpaired:
         L_paired on pairs of clean images. D^f and g take a step; x, y are this update's pairs."""
         run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
         index, flip, drawn = self.batch(split.measurements)
-        y_u = batch_of(split.measurements, index, flip, run.device)
-        x_u = batch_of(split.measurements_x, index, flip, run.device) if label == 'truth' else None
+        y_u = batch_of(split.measurements, index, flip)
+        x_u = batch_of(split.measurements_x, index, flip) if label == 'truth' else None
         with run.amp():
             x_hat, z = self.f(y_u, latent=True)
             start = self.start(x_hat.detach(), y_u, flip, drawn)
@@ -246,10 +251,10 @@ class Unpaired:
         run, images = self.run, self.split.images
         if self.method.clean == 'x_u':      # a few do as well as many; they go to every process
             few = draw_batch(self.draws, len(images), max(1, run.a.batch // 4))
-            x_u = batch_of(images, *few, run.device)
+            x_u = batch_of(images, *few)
             with run.amp():
                 return paired_loss(self.f(x_u), x_u)
-        x_u = batch_of(images, *self.batch(images)[:2], run.device)
+        x_u = batch_of(images, *self.batch(images)[:2])
         with run.amp():
             with torch.no_grad():
                 made = measured(self.g, x_u, change(x_hat, y_u))
@@ -270,8 +275,8 @@ class Ensemble:
 
     def update(self, index, x_hat):
         """Z <- αZ + (1 - α) x_hat (B, C, H, W) at index (B,) -> Z / (1 - α^visits)."""
-        for i, z in zip(index, torch.lerp(x_hat.float(), self.Z[index], self.alpha)):
-            self.Z[i] = z       # in turn: threads at once would race where an image is drawn twice
+        for i, z in zip(index.split(1), torch.lerp(x_hat.float(), self.Z[index], self.alpha)):
+            self.Z.index_copy_(0, i, z[None])   # in turn: an image may be drawn twice
         self.visits[index] += 1
         return self.Z[index] / (1 - self.alpha ** self.visits[index]).view(-1, 1, 1, 1)
 
@@ -298,20 +303,20 @@ def pairs_batch(run, split, g):
     n, a = len(split.pairs_x), run.a
     index, flip = draw_batch(g, n, a.batch)
     if n <= a.batch:
-        index, flip = torch.arange(n), flip[:n]
-    x, y = (batch_of(u, index, flip, run.device) for u in (split.pairs_x, split.pairs_y))
+        index, flip = torch.arange(n, device=index.device), flip[:n]
+    x, y = (batch_of(u, index, flip) for u in (split.pairs_x, split.pairs_y))
     x, y = shifted(x, y, a.shift, g)                                # Dev. 5
     return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
 
 
-def batch_of(images, index, flip, device):
+def batch_of(images, index, flip):
     """uint8 images at index (B,), mirrored where flip (B,) -> float (B, ...) in [-1, 1]."""
-    return mirrored(data.to_float(images[index].to(device)), flip)
+    return mirrored(data.to_float(images[index]), flip)
 
 
 def mirrored(x, flip):
     """Images x (B, C, H, W), left and right swapped where flip (B,) is true."""
-    return torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
+    return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
 def shifted(x, y, most, g):
@@ -320,15 +325,17 @@ def shifted(x, y, most, g):
     if not most:
         return x, y
     padded = torch.nn.functional.pad(torch.cat([x, y], 1), (most,) * 4, mode='reflect')
-    offsets = torch.randint(2 * most + 1, (len(x), 2), generator=g).tolist()
-    H, W = x.shape[2:]
-    both = torch.stack([p[:, i:i + H, j:j + W] for p, (i, j) in zip(padded, offsets)])
-    return both.chunk(2, 1)
+    i, j = torch.randint(2 * most + 1, (len(x), 2), generator=g, device=g.device).T[:, :, None]
+    rows, cols = (torch.arange(n, device=g.device) for n in x.shape[2:])
+    both = padded.permute(2, 3, 0, 1)[(i + rows)[:, :, None], (j + cols)[:, None],
+                                      torch.arange(len(x), device=g.device)[:, None, None]]
+    return both.permute(0, 3, 1, 2).contiguous().chunk(2, 1)
 
 
 def draw_batch(g, n, size):
     """Random indices below n and coin flips for mirroring, (size,) each."""
-    return torch.randint(n, (size,), generator=g), torch.rand(size, generator=g) < .5
+    return (torch.randint(n, (size,), generator=g, device=g.device),
+            torch.rand(size, generator=g, device=g.device) < .5)
 
 
 def draw_times(low, high, n, g, device):
@@ -382,21 +389,25 @@ def train_prior(run, images, which):
     draws, _, noise = generators(0, run.device)
     steps = a.prior_steps if diffusion else a.denoiser_steps
 
-    def update(step):
-        batch = map(Group.own, draw_batch(draws, len(images), a.prior_batch))
-        x = batch_of(images, *batch, run.device)
+    def schedule(step):
+        return {'lr': a.prior_lr * learning_rate(step, steps),
+                'decay': min(.995, (step + 1) / (step + 10))}
+
+    def update(lr, decay):
+        x = batch_of(images, *map(Group.own, draw_batch(draws, len(images), a.prior_batch)))
         with run.amp():
             if diffusion:
                 t = prior_times(len(run.acp), len(x), noise, run.device)
                 loss = ddpm.ddpm_loss(net, x, t, ddpm.noise_like(x, noise), run.acp)
             else:
                 loss = ddpm.denoiser_loss(net, x, a.sigma, noise)
-        descend(loss, net, opt, a.prior_lr * learning_rate(step, steps))
-        ddpm.ema_update(ema, net, min(.995, (step + 1) / (step + 10)))
+        descend(loss, net, opt, lr)
+        ddpm.ema_update(ema, net, decay)
         return {'loss': loss.detach()}
 
     parts = {'net': net, 'ema': ema, 'opt': opt, 'draws': draws, 'noise': noise}
-    return ema, fit(run, which, parts, update, steps, ['ema'], {'kind': which})
+    return ema, fit(run, which, parts, recorded(update, parts, run.device), schedule, steps,
+                    ['ema'], {'kind': which})
 
 
 def train_cyclegan(run, seed, split, score):
@@ -412,20 +423,22 @@ def train_cyclegan(run, seed, split, score):
         opt.register_step_pre_hook(Group.average)
     draws, _, _ = generators(100 * seed, run.device)
 
-    def update(step):
-        y, x = (batch_of(u, *map(Group.own, draw_batch(draws, len(u), a.gan_batch)), run.device)
+    def schedule(step):
+        return {'lr': 2e-4 * cyclegan.linear_decay(step, a.gan_steps)}
+
+    def update(lr):
+        y, x = (batch_of(u, *map(Group.own, draw_batch(draws, len(u), a.gan_batch)))
                 for u in (split.measurements, split.images))
         for opt in (opt_G, opt_D):
-            opt.param_groups[0]['lr'] = 2e-4 * cyclegan.linear_decay(step, a.gan_steps)
+            opt.param_groups[0]['lr'] = lr
         with run.amp():
-            numbers = cyclegan.train_step(gan, opt_G, opt_D, y, x, draws)
-        note_score(a, curve, step, a.gan_steps, score, gan.to_x)
-        return numbers
+            return cyclegan.train_step(gan, opt_G, opt_D, y, x, draws)
 
     parts = {'gan': gan, 'opt_G': opt_G, 'opt_D': opt_D, 'draws': draws, 'pool_x': gan.pool_x,
              'pool_y': gan.pool_y, 'curve': curve}
-    seconds = fit(run, f'cyclegan-s{seed}', parts, update, a.gan_steps, ['gan', 'curve'],
-                  {'kind': 'CycleGAN'})
+    seconds = fit(run, f'cyclegan-s{seed}', parts, update, schedule, a.gan_steps, ['gan', 'curve'],
+                  {'kind': 'CycleGAN'},
+                  lambda step: note_score(a, curve, step, a.gan_steps, score, gan.to_x))
     return gan, curve, seconds
 
 
@@ -793,12 +806,61 @@ class Setup:
 
 def generators(seed, device):
     """Separate sources of randomness, so that what one method draws does not move another's."""
-    return (torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1),
-            torch.Generator(device).manual_seed(seed + 2))
+    return [torch.Generator(device).manual_seed(seed + k) for k in range(3)]
 
 
-def fit(run, name, parts, update, steps, keep, about):
-    """Runs update(step) for step = 0 .. steps - 1 -> seconds; resumes from `name`.pt.
+def recorded(update, parts, device):
+    """update(**values) as this device does it best. On a GPU, where starting the thousands of small
+    kernels of an update takes several times longer than running them, it becomes a CUDA graph: one
+    for each set of choices among the values (those of type bool). Each process of several launches
+    its own kernels, for their messages. parts: what the update changes, generators among it."""
+    if device.type != 'cuda' or Group.world > 1:
+        return update
+    graphs, generators = {}, [p for p in parts.values() if isinstance(p, torch.Generator)]
+
+    def replay(**values):
+        choices = {k: v for k, v in values.items() if isinstance(v, bool)}
+        numbers = {k: v for k, v in values.items() if k not in choices}
+        key = str(choices)
+        if key not in graphs:
+            graphs[key] = Replayed(functools.partial(update, **choices), generators, device)
+        return graphs[key](numbers)
+    return replay
+
+
+class Replayed:
+    """update(**numbers) as a CUDA graph, recorded in the fourth call and replayed from then on:
+    the first ones make what stays, the state of an optimiser say. The numbers are tensors to it."""
+
+    def __init__(self, update, generators, device):
+        self.update, self.generators, self.device = update, generators, device
+        self.calls, self.graph, self.numbers, self.result = 0, None, None, None
+
+    def __call__(self, numbers):
+        now, self.calls = torch.tensor(list(numbers.values())), self.calls + 1
+        if self.numbers is None:
+            self.numbers = now.to(self.device)
+        self.numbers.copy_(now)
+        if self.calls > 3:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                for g in self.generators:
+                    self.graph.register_generator_state(g)
+                with torch.cuda.graph(self.graph):
+                    self.result = self.update(**dict(zip(numbers, self.numbers)))
+            self.graph.replay()
+            return self.result
+        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()     # as recording needs
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            result = self.update(**dict(zip(numbers, self.numbers)))
+        main.wait_stream(stream)
+        return result
+
+
+def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
+    """Runs update(**schedule(step)), then after(step), for step = 0 .. steps - 1 -> seconds;
+    resumes from `name`.pt.
 
     parts: name -> module, optimiser, generator or list that the update changes. All of them are
     saved every --save-every seconds and when the user stops; when done, those named in `keep`
@@ -818,7 +880,9 @@ def fit(run, name, parts, update, steps, keep, about):
     began = last_save = last_line = time.monotonic()
     with Stop.postponed():                              # to the end of an update
         for step in range(start, steps):
-            numbers = Group.mean(update(step))
+            numbers = Group.mean(update(**schedule(step)))
+            if after:
+                after(step)
             now, done, stop = time.monotonic(), step == steps - 1, Group.any(Stop.asked)
             speak = now - last_line > 5 or done
             write = now - last_save > run.a.save_every or done or stop
@@ -1352,7 +1416,8 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
     gap_closed(methods)
     write_json(run.out / 'metrics.json', {
         'command': 'python sud2.py ' + ' '.join(sys.argv[1:]), 'config': check_config(run),
-        'environment': {'torch': torch.__version__, 'processor': processor(),
+        'environment': {'torch': torch.__version__, 'processor': processor() if
+                        run.device.type != 'cuda' else torch.cuda.get_device_name(run.device),
                         'threads': torch.get_num_threads(), 'device': run.device.type,
                         'precision': 'bf16' if run.bf16 else 'fp32'},
         'methods': methods, 'truth': {'corr_output': truth_corr}, 'prior': prior_scores,
@@ -1369,7 +1434,7 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
 def work(run, began):
     """Trains the priors, then each method with each seed, and reports."""
     a, more = run.a, optional_metrics(run.a)
-    split = load_split(a, a.seed[0])
+    split = load_split(a, a.seed[0]).to(run.device)
     check_config(run)
     prior, seconds = train_prior(run, split.images, 'prior')
     denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser(a) else None
@@ -1380,7 +1445,7 @@ def work(run, began):
         truth_corr = metrics.correlation(data.to_float(tests)).item()
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
-        split = split if seed == a.seed[0] else load_split(a, seed)
+        split = split if seed == a.seed[0] else load_split(a, seed).to(run.device)
         score, models = scorer(run, split, prior, *more), Models(prior, denoiser)
         if any('cyclegan' in m for m in a.method):
             gan, *gan_record = train_cyclegan(run, seed, split, score)

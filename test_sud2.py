@@ -919,12 +919,12 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
 
     original, method = sud2.fit, part.removesuffix('-s0') if '-s0' in part else 'sud'
 
-    def cut(run, name, parts, update, *more):
-        def cut_update(step):
+    def cut(run, name, parts, update, schedule, *more):
+        def cut_schedule(step):
             if step == 2 and name == part:
                 raise Cut
-            return update(step)
-        return original(run, name, parts, cut_update, *more)
+            return schedule(step)
+        return original(run, name, parts, update, cut_schedule, *more)
 
     monkeypatch.setattr(sud2, 'fit', cut)
     flags = tiny(tmp_path, '--method', method, '--save-every', '0')
@@ -933,6 +933,21 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
     monkeypatch.setattr(sud2, 'fit', original)
     sud2.main(flags)
     assert same_weights(tmp_path, finished, f'{method}-s0.pt')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('method', ['sud-te', 'sud-mt', 'sud2', 'sud2-kl', 'sud2-kl+g', 'oracle'])
+def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, method):
+    """On a GPU: the same weights, priors' and f's, up to the order in which sums are taken."""
+    flags = ['--device', 'cuda', '--method', method, '--updates', '20', '--prior-steps', '12',
+             '--denoiser-steps', '12', '--warmup', '8']
+    sud2.main(tiny(tmp_path / 'replayed', *flags))
+    monkeypatch.setattr(sud2, 'recorded', lambda update, parts, device: update)
+    sud2.main(tiny(tmp_path / 'launched', *flags))
+    for name in ('prior.pt', f'{method}-s0.pt'):
+        a, b = (torch.cat([v.flatten().float() for v in weights(tmp_path / d / name).values()])
+                for d in ('replayed', 'launched'))
+        assert (a - b).norm() < 1e-3 * b.norm(), name
 
 
 def test_another_runs_prior_serves(finished, tmp_path):
@@ -978,7 +993,7 @@ def test_learning_rate_and_batches():
     assert sud2.learning_rate(500, 1000) == pytest.approx(0.5)
     assert sud2.learning_rate(1000, 1000) == pytest.approx(0)
     u = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4) * 85
-    both = sud2.batch_of(u, torch.tensor([0, 0]), torch.tensor([False, True]), 'cpu')
+    both = sud2.batch_of(u, torch.tensor([0, 0]), torch.tensor([False, True]))
     assert_close(both[0, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
     assert_close(both[1], both[0].flip(-1))
 

@@ -169,23 +169,26 @@ class Muon(torch.optim.AdamW):
         hidden = {n: p for n, p in net.named_parameters()
                   if p.dim() == 4 and not n.startswith(('stem', 'head'))}
         rest = [p for n, p in net.named_parameters() if n not in hidden]
-        super().__init__(rest, lr, betas=(.9, .95), weight_decay=1e-4, fused=True)
+        super().__init__(rest, lr, betas=(.9, .95), weight_decay=1e-4, fused=True,
+                         capturable=True)               # its step may become a CUDA graph
         self.add_param_group({'params': list(hidden.values())})
         for p in hidden.values():                       # AdamW's loading wants a step in each state
             self.state[p] = {'step': torch.zeros(()), 'momentum': torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self):
-        hidden = self.param_groups[1]
-        for shape in dict.fromkeys(p.shape for p in hidden['params']):
-            same = [p for p in hidden['params'] if p.shape == shape]    # one batch of matrices
-            averaged = []
-            for p in same:
-                m = self.state[p]['momentum'].lerp_(p.grad, .1)
-                averaged.append(p.grad.lerp(m, .9).flatten(1))          # Nesterov
-                p.grad = None                                           # nothing left for AdamW
-            for p, u in zip(same, orthogonalised(torch.stack(averaged))):
-                p.sub_(u.reshape(shape), alpha=3 * hidden['lr'])
+        hidden = self.param_groups[1]['params']
+        grads, momenta = ([p.grad for p in hidden], [self.state[p]['momentum'] for p in hidden])
+        torch._foreach_lerp_(momenta, grads, .1)
+        averaged = torch._foreach_lerp(grads, momenta, .9)              # Nesterov
+        rate = hidden[0].new_ones(()) * (3 * self.param_groups[1]['lr'])
+        for shape in dict.fromkeys(p.shape for p in hidden):
+            same = [k for k, p in enumerate(hidden) if p.shape == shape]    # one batch of matrices
+            us = orthogonalised(torch.stack([averaged[k].flatten(1) for k in same]))
+            for k, u in zip(same, us):
+                hidden[k].addcmul_(u.reshape(shape), rate, value=-1)
+        for p in hidden:
+            p.grad = None                                               # nothing left for AdamW
         super().step()
 
 

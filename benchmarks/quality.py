@@ -84,7 +84,7 @@ def contender(name, run, images, steps):
 
     def step(k):
         index, flip = sud2.draw_batch(g, len(images), 32)
-        x = sud2.batch_of(images, index, flip, run.device)
+        x = sud2.batch_of(images, index, flip)
         t = (sud2.prior_times(1000, 32, g, run.device) if ours else
              torch.randint(1000, (32,), generator=g))
         with torch.autocast('cpu', torch.bfloat16, enabled=name in ('sud2', 'plain U-Net')):
