@@ -63,7 +63,8 @@ def measure(size, precision, turns=3):
 
 def main():
     rows = []
-    print('| size, precision | part | launched, ms | replayed, ms | ratio |\n|---|---|' + '---:|' * 3)
+    print('| size, precision | part | launched, ms | replayed, ms | ratio |\n'
+          '|---|---|---:|---:|---:|')
     for size in (32, 64):
         for precision in ('bf16', 'fp32'):
             for part, ms in measure(size, precision).items():
