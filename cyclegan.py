@@ -106,12 +106,12 @@ class CycleGAN(nn.Module):
 def pooled(pool, images, generator, size=50):
     """Fills `pool`, a list, with images (B, ...); once full, half of the time gives an old one for
     a new one -> (B, ...). It keeps the discriminators from following the last outputs alone."""
-    out = []
+    out, device = [], generator.device if generator else 'cpu'
     for image in images.detach():
         if len(pool) < size:
             pool.append(image)
-        elif torch.rand((), generator=generator) < .5:
-            k = int(torch.randint(size, (), generator=generator))
+        elif torch.rand((), generator=generator, device=device) < .5:
+            k = int(torch.randint(size, (), generator=generator, device=device))
             image, pool[k] = pool[k], image
         out.append(image)
     return torch.stack([image.to(images) for image in out])

@@ -36,7 +36,7 @@ ACP = ddpm.alphas_cumprod()
 TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', '--test', '12',
         '--width', '16', '--batch', '4', '--prior-batch', '4', '--prior-steps', '3',
         '--denoiser-steps', '3', '--updates', '6', '--warmup', '2', '--points', '2', '--gan-steps',
-        '6', '--gan-batch', '2']
+        '6', '--gan-batch', '2', '--device', 'cpu']
 
 
 def tiny(out, *flags):
@@ -869,7 +869,8 @@ def test_tables_are_those_of_the_results():
     readme, tables, ablated = ((HERE / name).read_text() for name in (
         'README.md', 'results/TABLES.md', 'results/ABLATIONS.md'))
     for name in ('inpaint-faces', 'inpaint-celeba', 'dehaze-scenes', 'celeba-ladder',
-                 'inpaint-celeba-2000', 'inpaint-celeba-constant',
+                 'inpaint-celeba-2000', 'inpaint-celeba-constant', 'inpaint-celeba-64',
+                 'inpaint-faces-gpu',
                  'inpaint-celeba-2000-before', 'inpaint-faces-before'):
         methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
         assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
@@ -936,18 +937,21 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('method', ['sud-te', 'sud-mt', 'sud2', 'sud2-kl', 'sud2-kl+g', 'oracle'])
+@pytest.mark.parametrize('method', ['sud-te', 'sud2-kl+g'])
 def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, method):
-    """On a GPU: the same weights, priors' and f's, up to the order in which sums are taken."""
-    flags = ['--device', 'cuda', '--method', method, '--updates', '20', '--prior-steps', '12',
-             '--denoiser-steps', '12', '--warmup', '8']
-    sud2.main(tiny(tmp_path / 'replayed', *flags))
-    monkeypatch.setattr(sud2, 'recorded', lambda update, parts, device: update)
-    sud2.main(tiny(tmp_path / 'launched', *flags))
-    for name in ('prior.pt', f'{method}-s0.pt'):
-        a, b = (torch.cat([v.flatten().float() for v in weights(tmp_path / d / name).values()])
-                for d in ('replayed', 'launched'))
-        assert (a - b).norm() < 1e-3 * b.norm(), name
+    """On a GPU: f goes the same way, up to rounding."""
+    flags = ['--device', 'cuda', '--method', method, '--updates', '14', '--warmup', '5']
+    ends = []
+    for recorded in (sud2.recorded, lambda update, parts, device: update):
+        monkeypatch.setattr(sud2, 'recorded', recorded)
+        run = sud2.Setup(tiny(tmp_path / str(len(ends)), *flags))
+        run.out.mkdir()
+        split, start = sud2.load_split(run.a, 0).to(run.device), run.net(0, residual=True)
+        models = sud2.Models(run.net(0, time=True), run.net(1, residual=True))
+        f, _, _ = sud2.train(run, method, 0, split, models, lambda f: {})
+        ends.append(torch.cat([(p - q).flatten() for p, q in zip(
+            f.parameters(), start.parameters())]))
+    assert (ends[0] - ends[1]).norm() < .01 * ends[1].norm()
 
 
 def test_another_runs_prior_serves(finished, tmp_path):

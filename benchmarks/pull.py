@@ -59,7 +59,7 @@ def main():
     p.add_argument('--steps', type=int, default=400)
     a = p.parse_args()
     run = sud2.Setup(sud2.parse(['--prior', a.prior]))
-    split, prior = sud2.load_split(run.a, 0), sud2.train_prior(run, None, 'prior')[0]
+    split, prior = sud2.load_split(run.a, 0).to(run.device), sud2.train_prior(run, None, 'prior')[0]
     f = run.net(0, residual=True)
     f.load_state_dict(sud2.load(Path(a.prior) / 'supervised-s0.pt', {})['parts']['f'])
     x_hat = sud2.reconstruct(run, f, split.measurements)[0]
