@@ -96,7 +96,8 @@ def uniform(T, n, g, device):
 
 def adamw(net, lr):
     """The optimiser of most other code."""
-    return sud2.torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4, fused=True)
+    return sud2.torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-4, fused=True,
+                                  capturable=True)
 
 
 # flags end in one of these where the code itself differs: what takes the place of what
