@@ -760,6 +760,8 @@ class Setup:
         try:
             self.device = torch.device(auto if args.device == 'auto' else args.device)
             torch.zeros(1, device=self.device)
+            if self.device.type == 'cuda' and self.device.index:
+                torch.cuda.set_device(self.device)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f'--device {args.device}: not to be had here') from e
         if int(os.environ.get('WORLD_SIZE', 1)) > 1 and Group.world == 1:
@@ -834,28 +836,26 @@ class Replayed:
 
     def __init__(self, update, generators, device):
         self.update, self.generators, self.device = update, generators, device
-        self.calls, self.graph, self.numbers, self.result = 0, None, None, None
+        self.calls, self.graph, self.numbers, self.result = 0, torch.cuda.CUDAGraph(), None, None
 
     def __call__(self, numbers):
         now, self.calls = torch.tensor(list(numbers.values())), self.calls + 1
-        if self.numbers is None:
-            self.numbers = now.to(self.device)
-        self.numbers.copy_(now)
-        if self.calls > 3:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                for g in self.generators:
-                    self.graph.register_generator_state(g)
-                with torch.cuda.graph(self.graph):
-                    self.result = self.update(**dict(zip(numbers, self.numbers)))
-            self.graph.replay()
-            return self.result
-        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()     # as recording needs
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            result = self.update(**dict(zip(numbers, self.numbers)))
-        main.wait_stream(stream)
-        return result
+        self.numbers = now.to(self.device) if self.calls == 1 else self.numbers.copy_(now)
+        values = dict(zip(numbers, self.numbers))
+        if self.calls <= 3:
+            stream, main = torch.cuda.Stream(), torch.cuda.current_stream()     # recording needs it
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                result = self.update(**values)
+            main.wait_stream(stream)
+            return result
+        if self.calls == 4:
+            for g in self.generators:
+                self.graph.register_generator_state(g)
+            with torch.cuda.graph(self.graph):
+                self.result = self.update(**values)
+        self.graph.replay()
+        return self.result
 
 
 def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
