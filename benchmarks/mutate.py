@@ -82,7 +82,7 @@ MUTATIONS = [
     ('sud2.py', 'loss + a.lam3 *', 'loss + a.lam2 *'),
     ('sud2.py', "'sud2-kl+g': Method('entropy', lam1=1.0, clean='g(x_u)')", "'sud2-kl+g': Method('entropy', lam1=1.0)"),
     ('sud2.py', "    'sud2': Method('R∘F', reg=True)", "    'sud2': Method('R∘F')"),
-    ('sud2.py', 'lam1 > 0 or lam2 > 0) and step >=', 'lam1 > 0 or lam2 > 0) or step >='),
+    ('sud2.py', 'most > 0 or lam2 > 0) and step >=', 'most > 0 or lam2 > 0) or step >='),
     ('sud2.py', 'min(1 - 1 / (step + 1), .999)', 'min(1 / (step + 1), .999)'),
     ('sud2.py', 'torch.lerp(x_hat.float(), self.Z[index], self.alpha)',
      'torch.lerp(self.Z[index], x_hat.float(), self.alpha)'),
