@@ -1378,6 +1378,7 @@ def restore_pictures(a):
         run = Setup(a)
         f = run.net(0, residual=True)
         f.load_state_dict(saved['parts']['f'])
+        f = f.bfloat16() if run.bf16 else f     # cast once: a small picture takes half the time
     except (KeyError, RuntimeError) as e:
         raise ValueError(f'{a.checkpoint}: damaged, or not a checkpoint of sud2') from e
     files = []

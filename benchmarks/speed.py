@@ -9,6 +9,7 @@ comes, in fp32 channels-last and under bf16 autocast channels-last, and shown at
 as sud2.py uses it: one image is what --restore calls, which is f.
 """
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -92,9 +93,13 @@ def jobs(net, size, batch, setting):
         with torch.no_grad(), amp():
             net(x[:batch], t[:batch])
 
+    one = copy.deepcopy(f or net)
+    if setting == 'bf16':                               # the weights too, as --restore has them
+        one = one.bfloat16()
+
     def one_image():
         with torch.no_grad(), amp():
-            f(x[:1]) if f else net(x[:1], t[:1])
+            one(x[:1]) if f else one(x[:1], t[:1])
 
     def reverse():
         with torch.no_grad(), amp():
