@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tests: closed forms and independent paths, never the same formula typed twice."""
 
+import contextlib
 import doctest
+import functools
 import importlib
 import io
 import json
@@ -952,6 +954,28 @@ def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, met
         ends.append(torch.cat([(p - q).flatten() for p, q in zip(
             f.parameters(), start.parameters())]))
     assert (ends[0] - ends[1]).norm() < .01 * ends[1].norm()
+
+
+def test_an_update_is_recorded_once_for_each_choice(monkeypatch):
+    """With a stand-in for CUDA: three calls, a recording, replays; numbers change in place."""
+    done, generator = [], torch.Generator()
+    graph = SimpleNamespace(register_generator_state=lambda g: done.append(g is generator),
+                            replay=lambda: done.append('replay'))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (('CUDAGraph', lambda: graph), ('graph', contextlib.nullcontext),
+                        ('Stream', lambda: stream), ('current_stream', lambda: stream),
+                        ('stream', contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def update(lr, late):
+        done.append((lr.item(), late))
+        return {'lr': lr}
+    device = torch.device('cpu')
+    assert sud2.recorded(update, {}, device) is update
+    replayed = sud2.Replayed(functools.partial(update, late=False), [generator], device)
+    seen = [replayed({'lr': float(k)})['lr'].item() for k in range(6)]
+    assert done == [(0, False), (1, False), (2, False), True, (3, False), *['replay'] * 3]
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 def test_another_runs_prior_serves(finished, tmp_path):

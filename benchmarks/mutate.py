@@ -113,6 +113,8 @@ MUTATIONS = [
     ('unet.py', 'x + torch.sigmoid(4 * share) * change', 'torch.sigmoid(4 * share) * change'),
     ('unet.py', 'torch.sigmoid(4 * share) * change', '(4 * share) * change'),
     ('sud2.py', 'if m.label in ENDLESS', 'if m.label not in ENDLESS'),
+    ('sud2.py', 'else self.numbers.copy_(now)', 'else now'),
+    ('sud2.py', 'if self.calls <= 3:', 'if self.calls <= 4:'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
