@@ -41,7 +41,9 @@ ABLATIONS = {
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n] for n in (
         '100', '1000')] for m in ('sud2', 'sud2-kl', 'sud2-kl+g')}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
-                              for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')}),
+                              for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')} | {
+        f'{m}, lam1 0.04': [['--method', m, '--lam1', '0.04', '--updates', '2000']]
+        for m in ('sud2', 'sud2-kl')}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
         ('supervised', 'as it is'), ('sud+reg+noise', 'as it is'), ('sud2', 'as it is'),
         ('sud2-kl', 'as it is'), ('sud2-kl+g', 'as it is'), ('oracle', 'as it is'),
