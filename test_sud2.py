@@ -3,7 +3,6 @@
 
 import contextlib
 import doctest
-import functools
 import importlib
 import io
 import json
@@ -970,12 +969,16 @@ def test_an_update_is_recorded_once_for_each_choice(monkeypatch):
     def update(lr, late):
         done.append((lr.item(), late))
         return {'lr': lr}
-    device = torch.device('cpu')
-    assert sud2.recorded(update, {}, device) is update
-    replayed = sud2.Replayed(functools.partial(update, late=False), [generator], device)
-    seen = [replayed({'lr': float(k)})['lr'].item() for k in range(6)]
-    assert done == [(0, False), (1, False), (2, False), True, (3, False), *['replay'] * 3]
+    Replayed, cpu = sud2.Replayed, torch.device('cpu')
+    assert sud2.recorded(update, {}, cpu) is update
+    monkeypatch.setattr(sud2, 'Replayed', lambda update, generators, device: Replayed(
+        update, generators, cpu))
+    replay = sud2.recorded(update, {'noise': generator}, SimpleNamespace(type='cuda'))
+    seen = [replay(lr=float(k), late=False)['lr'].item() for k in range(6)]
     assert seen == [0, 1, 2, 3, 4, 5]
+    assert done == [(0, False), (1, False), (2, False), True, (3, False), *['replay'] * 3]
+    replay(lr=6., late=True)
+    assert done[-1] == (6, True), 'another choice begins anew'
 
 
 def test_another_runs_prior_serves(finished, tmp_path):

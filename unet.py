@@ -181,7 +181,7 @@ class Muon(torch.optim.AdamW):
         grads, momenta = ([p.grad for p in hidden], [self.state[p]['momentum'] for p in hidden])
         torch._foreach_lerp_(momenta, grads, .1)
         averaged = torch._foreach_lerp(grads, momenta, .9)              # Nesterov
-        rate = hidden[0].new_ones(()) * (3 * self.param_groups[1]['lr'])
+        rate = hidden[0].new_ones(()) * (3 * self.param_groups[1]['lr'])    # lr may be a tensor
         for shape in dict.fromkeys(p.shape for p in hidden):
             same = [k for k, p in enumerate(hidden) if p.shape == shape]    # one batch of matrices
             us = orthogonalised(torch.stack([averaged[k].flatten(1) for k in same]))
