@@ -1268,7 +1268,8 @@ def flags_of_the_run(p):
                    help='an Inception network as TorchScript, for FID on its features')
     g.add_argument('--device', default='auto', metavar='NAME', help='auto, cpu, cuda, ...')
     g.add_argument('--precision', choices=['auto', 'bf16', 'fp32'], default='auto',
-                   metavar='NAME', help='bf16 or fp32 convolutions; auto: the faster, on a GPU bf16')
+                   metavar='NAME',
+                   help='bf16 or fp32 convolutions; auto: the faster, on a GPU bf16')
     g.add_argument('--restore', nargs='+', metavar='PATH',
                    help='apply a trained network to pictures and folders of them')
     g.add_argument('--checkpoint', metavar='FILE', help='the network for --restore')
