@@ -804,6 +804,14 @@ def read_pair(x, y, size, short_side=0):
     return u[:, i:i + v.shape[1], j:j + v.shape[2]], v
 
 
+def scored(pairs, size):
+    """Pairs of like (3, H, W) -> their two sides as a Split has them: tensors (N, 3, size, size)
+    if all are of that size, which are scored in batches, or lists."""
+    sides = [list(side) for side in zip(*pairs)]
+    small = all(u.shape[1:] == (size, size) for u in sides[1])
+    return [torch.stack(side) for side in sides] if small else sides
+
+
 def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None, validation=0,
                  short_side=0):
     """O-HAZE, I-HAZE or RESIDE SOTS as they come: folders `hazy` beside `GT`, `gt` or `clear`.
@@ -851,7 +859,7 @@ def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None
     whole = load(stand_in or tests)
     return Split(*crops(load(few), size, rng), *crops(load(many), size, rng)[::-1],
                  *crops([(read_whole(f, size, short_side),) for f in unpaired], size, rng),
-                 *map(list, zip(*whole)))
+                 *scored(whole, size))
 
 
 def custom_folders(root, size, pairs, measurements, clean, test, seed, images=None,
@@ -887,7 +895,7 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
     many = single(image_files(root / 'measurements'), measurements)
     files = image_files(root / 'images') + (image_files(images) if images else [])
     unpaired = single(files, clean)
-    tests = [None, list(many[:64])]
+    tests = None, many[:64]
     if (root / 'test').exists():
-        tests = map(list, zip(*matched('test', test)))
+        tests = scored(matched('test', test), size)
     return Split(*few, many, None, unpaired, *tests)

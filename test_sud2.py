@@ -691,6 +691,9 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
     u, v = data.read_pair(tmp_path / 'x.png', tmp_path / 'y.png', 16)
     assert torch.equal(u, v) and u.shape == (3, 28, 36)
     assert data.read_whole(tmp_path / 'x.png', 16, short_side=20).shape == (3, 20, 27)
+    small = [(a[k], b[k]) for k in range(3)]
+    assert torch.equal(data.scored(small, 16)[1], b[:3])
+    assert [v.shape for v in data.scored([*small, (u, v)], 16)[0]] == [(3, 16, 16)] * 3 + [u.shape]
 
 
 def test_custom_folders_train_score_and_restore(folders, tmp_path):
