@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""Other degradations of the drawn faces, each in folders as a user has them, with the defaults,
+which were chosen without them -> results/operators.json, assets/operators.png and a table.
+
+    python benchmarks/operators.py
+
+Resumable. How strong each is varies from image to image. All share the first one's prior.
+"""
+import contextlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import metrics  # noqa: E402
+import sud2  # noqa: E402
+
+RUNS = Path('runs/operators')
+CLEAN = RUNS / 'data/clean'                                             # U_x of all
+METHODS = 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'
+
+
+def blur(x, rng):
+    """Out of focus."""
+    return x.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 2)))
+
+
+def noise(x, rng):
+    """Of the sensor; no function of the image."""
+    u = np.asarray(x) + rng.normal(0, rng.uniform(15, 60), (*x.size[::-1], 3))
+    return Image.fromarray(u.clip(0, 255).astype('uint8'))
+
+
+def fading(x, rng):
+    """An old print: contrast lost, unlike in the three colours, towards a cast."""
+    keep, cast = rng.uniform(.2, .7) * rng.uniform(.7, 1, 3), rng.uniform(120, 230, 3)
+    return Image.fromarray((cast + keep * (np.asarray(x) - cast)).clip(0, 255).astype('uint8'))
+
+
+def grey(x, rng):
+    """All colour lost, and some of the light."""
+    light = rng.uniform(.6, 1)
+    return x.convert('L').point(lambda v: v * light).convert('RGB')
+
+
+def scratches(x, rng):
+    """Four to twelve, bright, dark or of a colour."""
+    x, n = x.copy(), x.width
+    for _ in range(rng.integers(4, 13)):
+        ImageDraw.Draw(x).line([tuple(rng.uniform(-.2 * n, 1.2 * n, 2)) for _ in range(2)],
+                               tuple(map(int, rng.integers(0, 256, 3))), int(rng.integers(1, 3)))
+    return x
+
+
+def text(x, rng):
+    """Three lines of letters across the image, in one colour."""
+    x, font, fill = x.copy(), ImageFont.load_default(11), tuple(map(int, rng.integers(0, 256, 3)))
+    for row in range(3):
+        letters = ''.join(map(chr, rng.integers(ord('A'), ord('Z') + 1, 8)))
+        ImageDraw.Draw(x).text((rng.uniform(-8, 2), 11 * row + rng.uniform(-4, 0)), letters, fill,
+                               font)
+    return x
+
+
+OPERATORS = {'blur': blur, 'noise': noise, 'fading': fading, 'grey': grey, 'scratches': scratches,
+             'text': text}
+
+
+def write_folders(name):
+    """One degradation's folders, unless they are there."""
+    def write(folder, stream, n, *degradations):
+        faces = [Image.fromarray(u.permute(1, 2, 0).numpy())
+                 for u in data.draw_faces(n, 32, stream)[0]]
+        for sub, degrade in degradations:
+            rng = np.random.default_rng(stream)
+            (folder / sub).mkdir(parents=True)
+            for i, face in enumerate(faces):
+                degrade(face, rng).save(folder / sub / f'{i:05d}.png')
+
+    def keep(x, rng):
+        return x
+    if not CLEAN.exists():
+        write(CLEAN, 0, 12500, ('', keep))
+    root, spoil = RUNS / 'data' / name, OPERATORS[name]
+    if not root.exists():
+        write(root / 'paired', 1000, 50, ('x', keep), ('y', spoil))     # each seed takes five
+        write(root / 'measurements', 1001, 1000, ('', spoil))
+        write(root / 'test', 1, 768, ('x', keep), ('y', spoil))
+        (root / 'images').symlink_to(CLEAN.resolve())
+    return root
+
+
+def run(name):
+    """One degradation -> PSNR of the measurements, {method: {seed: scores}}, two test pictures."""
+    root, out, first = write_folders(name), RUNS / name, next(iter(OPERATORS))
+    if not (out / 'metrics.json').exists():
+        prior = ['--prior', str(RUNS / first)] if name != first else []
+        sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out), *prior,
+                              '--method', *METHODS, '--seed', '0', '1', '2']))
+    scores = json.loads((out / 'metrics.json').read_text())['methods']
+    for s in (s for seeds in scores.values() for s in seeds.values()):
+        del s['curve']
+    x, y = (torch.stack([data.read_whole(f, 32) for f in data.image_files(root / 'test' / k)])
+            for k in 'xy')
+    i = 2 * list(OPERATORS).index(name)
+    shown, pictures = data.image_files(root / 'test/y')[i:i + 2], {'measurement': y[i:i + 2]}
+    for m in METHODS:
+        restored = out / 'restored' / m
+        with contextlib.redirect_stdout(None):
+            sud2.main(sud2.parse(['--restore', *map(str, shown), '--out', str(restored),
+                                  '--checkpoint', str(out / f'{m}-s0.pt')]))
+        pictures[m] = [data.read_whole(restored / f.name, 32) for f in shown]
+    psnr = metrics.psnr(data.to_float(y), data.to_float(x), data_range=2).mean().item()
+    return psnr, scores, {**pictures, 'truth': x[i:i + 2]}
+
+
+def table_of(done):
+    """Markdown table, a row a degradation: means over seeds of PSNR and, in brackets, FD-prior."""
+    rows = ['| | measurement | supervised, best | ' + ' | '.join(METHODS) + ' |',
+            '|---|' + '---:|' * (2 + len(METHODS))]
+    for name, d in done.items():
+        def mean(m, key, methods=d['methods']):
+            return statistics.mean(s[key] for s in methods[m].values())
+        cells = [f'{mean(m, "psnr"):.2f} ({mean(m, "fd_prior"):.2f})' for m in METHODS]
+        plain = f'{d["measurement_psnr"]:.2f}', f'{mean("supervised", "best_psnr"):.2f}'
+        rows.append(f'| {" | ".join([name, *plain, *cells])} |')
+    return '\n'.join(rows)
+
+
+def main():
+    done, rows = {}, {}
+    for name in OPERATORS:
+        psnr, methods, pictures = run(name)
+        done[name] = {'measurement_psnr': psnr, 'methods': methods}
+        for row, images in pictures.items():
+            rows.setdefault(row, []).extend(images)
+    print(table_of(done))
+    sud2.grid(rows, ROOT / 'assets' / 'operators.png', columns=2 * len(OPERATORS))
+    sud2.write_json(ROOT / 'results' / 'operators.json', {
+        'command': 'python benchmarks/operators.py', 'operators': done,
+        'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
+                        'threads': torch.get_num_threads()}})
+
+
+if __name__ == '__main__':
+    main()
