@@ -1507,9 +1507,12 @@ def test_a_torn_log_line_is_left_behind(tmp_path):
 
 
 def test_changed_data_is_noticed(folders, tmp_path):
+    """Also behind a link."""
     flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders))
+    (folders / 'images').rename(tmp_path / 'elsewhere')
+    (folders / 'images').symlink_to(tmp_path / 'elsewhere')
     sud2.main(flags)
-    picture(folders / 'images' / 'new.png')
+    picture(tmp_path / 'elsewhere' / 'new.png')
     with pytest.raises(ValueError, match='not the files that this run began with'):
         sud2.main(flags)
 
