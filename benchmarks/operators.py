@@ -134,6 +134,19 @@ def table_of(done):
     return '\n'.join(rows)
 
 
+def picture(rows, path, each=2):
+    """sud2's grid with a heading over every `each` columns: the degradations' names."""
+    sud2.grid(rows, path, columns=each * len(OPERATORS))
+    sheet = Image.open(path)
+    headed = Image.new('RGB', (sheet.width, sheet.height + 20), 'white')
+    headed.paste(sheet, (0, 20))
+    for k, name in enumerate(OPERATORS):
+        middle = sheet.width - (len(OPERATORS) - k - .5) * each * 100       # 96 pixels and a gap
+        ImageDraw.Draw(headed).text((middle, 12), name, 'black', ImageFont.load_default(16),
+                                    anchor='mm')
+    headed.save(path)
+
+
 def main():
     done, rows = {}, {}
     for name in OPERATORS:
@@ -142,7 +155,7 @@ def main():
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    sud2.grid(rows, ROOT / 'assets' / 'operators.png', columns=2 * len(OPERATORS))
+    picture(rows, ROOT / 'assets' / 'operators.png')
     sud2.write_json(ROOT / 'results' / 'operators.json', {
         'command': 'python benchmarks/operators.py', 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
