@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Other degradations of the drawn faces, each in folders as a user has them, with the defaults,
-which were chosen without them -> results/operators.json, assets/operators.png and a table.
+"""Other degradations of faces, each in folders as a user has them, with the defaults, which were
+chosen without them -> results/operators.json, assets/operators.png and a table.
 
     python benchmarks/operators.py
+    python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba
 
-Resumable. How strong each is varies from image to image. All share the first one's prior.
+Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
+picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
 """
+import argparse
 import contextlib
 import json
 import statistics
@@ -22,9 +25,10 @@ import data  # noqa: E402
 import metrics  # noqa: E402
 import sud2  # noqa: E402
 
-RUNS = Path('runs/operators')
-CLEAN = RUNS / 'data/clean'                                             # U_x of all
 METHODS = 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'
+# part -> stream and number of drawn faces, which of the shuffled real ones; a seed takes five pairs
+PARTS = {'images': (0, 12500, slice(12500)), 'test': (1, 768, slice(368)),
+         'paired': (1000, 50, slice(368, 418)), 'measurements': (1001, 1000, slice(418, None))}
 
 
 def blur(x, rng):
@@ -73,35 +77,41 @@ OPERATORS = {'blur': blur, 'noise': noise, 'fading': fading, 'grey': grey, 'scra
              'text': text}
 
 
-def write_folders(name):
-    """One degradation's folders, unless they are there."""
-    def write(folder, stream, n, *degradations):
-        faces = [Image.fromarray(u.permute(1, 2, 0).numpy())
-                 for u in data.draw_faces(n, 32, stream)[0]]
-        for sub, degrade in degradations:
-            rng = np.random.default_rng(stream)
-            (folder / sub).mkdir(parents=True)
-            for i, face in enumerate(faces):
-                degrade(face, rng).save(folder / sub / f'{i:05d}.png')
+def faces(part, a):
+    """The faces of one part, 32 x 32."""
+    stream, n, some = PARTS[part]
+    if not a.faces:
+        return [Image.fromarray(u.permute(1, 2, 0).numpy())
+                for u in data.draw_faces(n, 32, stream)[0]]
+    files = data.image_files(a.images if part == 'images' else a.faces)
+    files = np.random.default_rng(0).permutation(files)[some]
+    return [Image.fromarray(data.read_square(f, 32)) for f in files]
 
+
+def write_folders(name, a):
+    """One degradation's folders, unless they are there; the clean images are the same for all."""
     def keep(x, rng):
         return x
-    if not CLEAN.exists():
-        write(CLEAN, 0, 12500, ('', keep))
-    root, spoil = RUNS / 'data' / name, OPERATORS[name]
-    if not root.exists():
-        write(root / 'paired', 1000, 50, ('x', keep), ('y', spoil))     # each seed takes five
-        write(root / 'measurements', 1001, 1000, ('', spoil))
-        write(root / 'test', 1, 768, ('x', keep), ('y', spoil))
-        (root / 'images').symlink_to(CLEAN.resolve())
+    root, clean, spoil = a.runs / 'data' / name, a.runs / 'data/images', OPERATORS[name]
+    for folder, part, degrade in (
+            (clean, 'images', keep), (root / 'measurements', 'measurements', spoil),
+            *((root / part / side, part, degrade) for part in ('paired', 'test')
+              for side, degrade in (('x', keep), ('y', spoil)))):
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            rng = np.random.default_rng(PARTS[part][0])
+            for i, face in enumerate(faces(part, a)):
+                degrade(face, rng).save(folder / f'{i:05d}.png')
+    if not (root / 'images').exists():
+        (root / 'images').symlink_to(clean.resolve())
     return root
 
 
-def run(name):
+def run(name, a):
     """One degradation -> PSNR of the measurements, {method: {seed: scores}}, two test pictures."""
-    root, out, first = write_folders(name), RUNS / name, next(iter(OPERATORS))
+    root, out, first = write_folders(name, a), a.runs / name, next(iter(OPERATORS))
     if not (out / 'metrics.json').exists():
-        prior = ['--prior', str(RUNS / first)] if name != first else []
+        prior = ['--prior', str(a.runs / first)] if name != first else []
         sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out), *prior,
                               '--method', *METHODS, '--seed', '0', '1', '2']))
     scores = json.loads((out / 'metrics.json').read_text())['methods']
@@ -148,16 +158,21 @@ def picture(rows, path, each=2):
 
 
 def main():
-    done, rows = {}, {}
-    for name in OPERATORS:
-        psnr, methods, pictures = run(name)
-        done[name] = {'measurement_psnr': psnr, 'methods': methods}
+    p = argparse.ArgumentParser(description='Other degradations, as custom tasks of sud2.')
+    p.add_argument('--faces', metavar='DIR', help='real faces in place of drawn ones')
+    p.add_argument('--images', metavar='DIR', help='other real faces, for U_x')
+    a = p.parse_args()
+    name = 'operators-real' if a.faces else 'operators'
+    a.runs, done, rows = Path('runs') / name, {}, {}
+    for operator in OPERATORS:
+        psnr, methods, pictures = run(operator, a)
+        done[operator] = {'measurement_psnr': psnr, 'methods': methods}
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    picture(rows, ROOT / 'assets' / 'operators.png')
-    sud2.write_json(ROOT / 'results' / 'operators.json', {
-        'command': 'python benchmarks/operators.py', 'operators': done,
+    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png')
+    sud2.write_json(ROOT / 'results' / f'{name}.json', {
+        'command': 'python benchmarks/operators.py ' + ' '.join(sys.argv[1:]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
                         'threads': torch.get_num_threads()}})
 
