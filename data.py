@@ -664,6 +664,17 @@ def open_image(path, mode=None):
         raise ValueError(f'{path}: not a readable image ({e})') from e
 
 
+def image_size(path):
+    """Width and height that a file's head tells. Errors: no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')             # of what is refused when it is opened
+            with Image.open(path) as image:
+                return image.size
+    except Exception as e:              # whatever a broken file does to the decoder
+        raise ValueError(f'{path}: not a readable image ({e})') from e
+
+
 def read_square(path, size, mode='RGB'):
     """Centre square of an image file, reduced to size x size -> uint8 array (size, size[, 3])."""
     image = open_image(path, mode)
@@ -673,33 +684,39 @@ def read_square(path, size, mode='RGB'):
     return np.array(image.resize((size, size), how, box=(left, top, left + side, top + side)))
 
 
-def cached(cache, files, shape, read):
-    """The arrays read(i), uint8 of a shape, for all i below len(files) -> tensor (N, *shape).
+def cached(cache, files, shape, read, rows=None, key=()):
+    """The arrays read(i), uint8 of a shape, for all i below len(files) -> tensor (N, *shape); with
+    rows, a function that gives the number of arrays in each file, read(i) is so many.
 
     With `cache`, a folder, they are decoded once, by several threads, into a file that is mapped
     into memory: later starts read nothing, and no run needs its size in memory. Its name is a hash
-    of the files' paths, sizes and times, so that what has changed is decoded again.
+    of key and of the files' paths, sizes and times, so that what has changed is decoded again.
     """
-    if not cache or not files:
-        return torch.from_numpy(np.stack([read(i) for i in range(len(files))])) if files else \
-            torch.empty(0, *shape, dtype=torch.uint8)
+    if not files:
+        return torch.empty(0, *shape, dtype=torch.uint8)
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    name = hashlib.sha256(repr((shape, stats)).encode(errors='surrogateescape')).hexdigest()[:32]
-    path = Path(cache) / f'{name}.npy'
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f'.{os.getpid()}.tmp')
-        out = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(files), *shape))
+    name = hashlib.sha256(repr((shape, stats, *key)).encode(errors='surrogateescape')).hexdigest()
+    path = Path(cache) / f'{name[:32]}.npy' if cache else None
+    if not cache or not path.exists():
+        ends = np.cumsum(rows() if rows else [1] * len(files)).tolist()
+        if cache:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f'.{os.getpid()}.tmp')
+            out = np.lib.format.open_memmap(part, 'w+', np.uint8, (ends[-1], *shape))
+        else:
+            out = np.empty((ends[-1], *shape), np.uint8)
         began = last = time.monotonic()
 
         def fill(i):
-            out[i] = read(i)
+            out[ends[i - 1] if i else 0:ends[i]] = read(i)
         with ThreadPoolExecutor() as pool:
             for n, _ in enumerate(pool.map(fill, range(len(files))), 1):
                 if time.monotonic() - last > 5 and n < len(files):
                     last = time.monotonic()
                     print(f'{n} of {len(files)} images decoded, '
                           f'{(last - began) / n * (len(files) - n):.0f} s left', flush=True)
+        if not cache:
+            return torch.from_numpy(out)
         out.flush()
         os.replace(part, path)
     return torch.from_numpy(np.load(path, mmap_mode='c'))
@@ -769,39 +786,72 @@ def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=No
 
 
 # Folders of pictures of any size: training crops at full resolution, tests on whole images.
+MOST_CROPS = 16, 20000                  # of one picture, and, but for one each, of all of a folder
 
-def read_whole(path, size, short_side=0):
+
+def reduced(width, height, short_side):
+    """Width and height of a picture whose shorter side is brought down to short_side, if given."""
+    side = min(width, height)
+    if not short_side or side <= short_side:
+        return width, height
+    return tuple(max(short_side, round(n * short_side / side)) for n in (width, height))
+
+
+def read_whole(path, size, short_side=0, grey=None):
     """An image file -> uint8 (3, H, W), reduced to `short_side` if that is given and smaller.
 
-    Errors: an image that is less than size x size.
+    Errors: an image that is less than size x size; one in grey where `grey` is False, in colour
+    where it is True.
     """
-    image = open_image(path, 'RGB')
-    side = min(image.size)
-    if short_side and side > short_side:
-        shape = [max(short_side, round(n * short_side / side)) for n in image.size]
-        image = image.resize(shape, Image.Resampling.BOX)
+    image = open_image(path)
+    if grey is not None and (image.mode in ('1', 'L', 'LA', 'La')) != grey:
+        raise ValueError(f'{path}: {"in colour" if grey else "grey"}, but --channels '
+                         f'{1 if grey else 3} needs {"grey" if grey else "colour"} images')
+    image = image.convert('RGB')
+    if reduced(*image.size, short_side) != image.size:
+        image = image.resize(reduced(*image.size, short_side), Image.Resampling.BOX)
     if min(image.size) < size:
         raise ValueError(f'{path}: {image.width} x {image.height} is less than the training crops; '
                          f'use a --size below {size}')
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def crops(pictures, size, rng, most=16):
-    """Random size x size crops of each tuple of like pictures (3, H, W), as many as would tile it
-    and at most `most` -> one uint8 tensor (N, 3, size, size) an element of the tuples."""
+def number_of_crops(width, height, size, most):
+    """As many as would tile a picture, at least one and at most `most`."""
+    return min(most, max(1, (width // size) * (height // size)))
+
+
+def crops(pictures, size, rng, most=MOST_CROPS[0]):
+    """Random size x size crops of each tuple of like pictures (3, H, W) -> one uint8 tensor
+    (N, 3, size, size) an element of the tuples."""
     cut = []
     for group in pictures:
         H, W = group[0].shape[1:]
-        for _ in range(min(most, (H // size) * (W // size))):
+        for _ in range(number_of_crops(W, H, size, most)):
             i, j = rng.integers(H - size + 1), rng.integers(W - size + 1)
             cut.append([u[:, i:i + size, j:j + size] for u in group])
     return [torch.stack(part) for part in zip(*cut)]
 
 
-def read_pair(x, y, size, short_side=0):
+def crops_of_files(files, size, seed, short_side, cache, grey=None):
+    """Random crops of picture files, decoded once -> uint8 tensor (N, 3, size, size)."""
+    each, of_all = MOST_CROPS
+    most = min(each, max(1, of_all // max(1, len(files))))
+
+    def rows():
+        return [number_of_crops(*reduced(*image_size(f), short_side), size, most) for f in files]
+
+    def read(i):
+        u = read_whole(files[i], size, short_side, grey)
+        return crops([(u,)], size, np.random.default_rng([seed, i]), most)[0].numpy()
+    return cached(cache, files, (3, size, size), read, rows if most > 1 else None,
+                  (seed, short_side, grey))
+
+
+def read_pair(x, y, size, short_side=0, grey=None):
     """Files of a true image and its measurement -> two like uint8 (3, H, W); a border that only
     the true image has is cut off. Errors: any other difference of sizes."""
-    u, v = (read_whole(f, size, short_side) for f in (x, y))
+    u, v = (read_whole(f, size, short_side, grey) for f in (x, y))
     more = [a - b for a, b in zip(u.shape[1:], v.shape[1:])]
     if min(more) < 0 or max(more) > .1 * max(u.shape):
         raise ValueError(f'{y}: {v.shape[2]} x {v.shape[1]}, but {x} is '
@@ -819,7 +869,7 @@ def scored(pairs, size):
 
 
 def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None, validation=0,
-                 short_side=0):
+                 short_side=0, cache=None):
     """O-HAZE, I-HAZE or RESIDE SOTS as they come: folders `hazy` beside `GT`, `gt` or `clear`.
 
     The name up to the first _ is the scene; no scene serves twice. In a fixed order: scenes of the
@@ -861,15 +911,14 @@ def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None
     rng = np.random.default_rng(seed)
 
     def load(files):
-        return [read_pair(x, y, size, short_side) for x, y in files]
-    whole = load(stand_in or tests)
+        return (read_pair(x, y, size, short_side) for x, y in files)
     return Split(*crops(load(few), size, rng), *crops(load(many), size, rng)[::-1],
-                 *crops([(read_whole(f, size, short_side),) for f in unpaired], size, rng),
-                 *scored(whole, size))
+                 crops_of_files(unpaired, size, seed, short_side, cache),
+                 *scored(load(stand_in or tests), size))
 
 
 def custom_folders(root, size, pairs, measurements, clean, test, seed, images=None,
-                   short_side=0, grey=False):
+                   short_side=0, grey=False, cache=None):
     """A user's folders paired/x, paired/y, measurements, images, and perhaps test/x, test/y.
 
     File names pair x with y; sizes are at most. Without a test folder test_x is None, test_y holds
@@ -877,25 +926,17 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
     """
     root, rng = Path(root), np.random.default_rng(seed)
 
-    def checked(files):
-        for f in files:
-            if (open_image(f).mode in ('1', 'L', 'LA', 'La')) != grey:
-                raise ValueError(f'{f}: {"in colour" if grey else "grey"}, but --channels '
-                                 f'{1 if grey else 3} needs {"grey" if grey else "colour"} images')
-        return files
-
     def matched(folder, most):
         xs, ys = ({f.stem: f for f in image_files(root / folder / k)} for k in 'xy')
         for one, other, name in ((xs, ys, 'y'), (ys, xs, 'x')):
             for stem in sorted(one.keys() - other.keys()):
                 raise ValueError(f'{one[stem]}: has no partner in {root / folder / name}')
         stems = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
-        checked([d[s] for s in stems[:most] for d in (xs, ys)])
-        return [read_pair(xs[s], ys[s], size, short_side) for s in stems[:most]]
+        return [read_pair(xs[s], ys[s], size, short_side, grey) for s in stems[:most]]
 
     def single(files, most):
-        files = checked(rng.permutation(files)[:most].tolist())
-        return crops([(read_whole(f, size, short_side),) for f in files], size, rng)[0]
+        return crops_of_files(rng.permutation(files)[:most].tolist(), size, seed, short_side, cache,
+                              grey)
 
     few = crops(matched('paired', pairs), size, rng)
     many = single(image_files(root / 'measurements'), measurements)

@@ -1322,17 +1322,18 @@ def load_split(a, seed):
     """The task's data for one seed."""
     sizes = dict(size=a.size, pairs=a.pairs, measurements=a.measurements, clean=a.clean,
                  test=a.test, seed=seed)
+    cache = Path(a.out) / 'cache'
     if a.task == 'custom':
         split = data.custom_folders(a.data, **sizes, images=a.images, short_side=a.short_side,
-                                    grey=a.channels == 1)
+                                    grey=a.channels == 1, cache=cache)
     elif not a.data:
         split = data.embedded(a.task, **sizes, validation=a.validation)
     elif a.task == 'dehaze':
         split = data.haze_folders(a.data, **sizes, images=a.images, validation=a.validation,
-                                  short_side=a.short_side)
+                                  short_side=a.short_side, cache=cache)
     else:
         split = data.celeba_mask_hq(a.data, **sizes, images=a.images, validation=a.validation,
-                                    cache=Path(a.out) / 'cache')
+                                    cache=cache)
     return split.grey() if a.channels == 1 else split
 
 

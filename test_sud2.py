@@ -696,6 +696,23 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
     assert [v.shape for v in data.scored([*small, (u, v)], 16)[0]] == [(3, 16, 16)] * 3 + [u.shape]
 
 
+def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
+    """Four crops of each, in the files' order; fewer of many; a later start decodes nothing."""
+    files = [picture(tmp_path / f'{k}.png', (40 + k, 33), seed=k) for k in range(2)]
+    Image.new('RGB', (33, 44), (7, 7, 7)).save(tmp_path / '2.png')
+    files += [tmp_path / '2.png']
+    cut = data.crops_of_files(files, 16, 0, 0, tmp_path / 'cache')
+    assert [(u == 7).all().item() for u in cut] == [False] * 8 + [True] * 4
+    assert torch.equal(cut, data.crops_of_files(files, 16, 0, 0, None))
+    assert not torch.equal(cut, data.crops_of_files(files, 16, 1, 0, tmp_path / 'cache'))
+    assert len(data.crops_of_files(files, 16, 0, 20, None)) == 3
+    monkeypatch.setattr(data, 'MOST_CROPS', (16, 7))
+    assert len(data.crops_of_files(files, 16, 0, 0, None)) == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(data, 'read_whole', None)
+    assert torch.equal(cut, data.crops_of_files(files, 16, 0, 0, tmp_path / 'cache'))
+
+
 def test_custom_folders_train_score_and_restore(folders, tmp_path):
     """Any sizes go in; what comes out has the input's name, size and alpha, and nothing is lost."""
     run, out = tmp_path / 'run', tmp_path / 'out'
