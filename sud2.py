@@ -1342,30 +1342,50 @@ def millions(net):
     return f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f}'
 
 
-def plan(run):
-    """Prints what will be done, with sizes, parameters, device and expected minutes."""
-    from torch.utils.flop_counter import FlopCounterMode
+def forward_minutes(run, net, *more):
+    """Minutes of a run for each forward pass of an image, timed in a fraction of a second."""
+    x, seconds = torch.zeros(16, run.a.channels, run.a.size, run.a.size, device=run.device), []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.no_grad(), run.amp():
+            net(x, *more).sum().item()
+        seconds.append(time.perf_counter() - began)
+    return 1.4 * min(seconds) / len(x) / 60     # optimisers and the rest take another two fifths
+
+
+def plan(run, split=None):
+    """Prints what will be done, with sizes, parameters, device and expected minutes; of the data
+    what the flags say, or, once it is read, what is there."""
     a, f, prior = run.a, run.net(0), run.net(0, time=True)
-    with FlopCounterMode(display=False) as flops, torch.no_grad():  # f's are nearly as many
-        prior(torch.zeros(1, a.channels, a.size, a.size, device=run.device),
-              torch.zeros(1, dtype=torch.long, device=run.device))
-    rate = .5 * conv_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
-    forward = flops.get_total_flops() / 1e9 / rate                 # seconds an image
-    priors = 3 * a.prior_batch * (a.prior_steps + needs_denoiser(a) * a.denoiser_steps)
-    calls = {None: 0, 'R∘F': a.r_steps, 'truth': 0, 'entropy': 4, 'CycleGAN': 1, 'x_u': 1,
-             'g(x_u)': 4}
-    methods = sum(3 * min(a.pairs, a.batch) * a.updates + (a.updates - a.warmup) * a.batch * (
-        (3 + calls.get(METHODS[m].label, 1) + calls[METHODS[m].clean]) if METHODS[m].label else 0)
-        + 3 * a.points * (a.validation or a.test) for m in a.method) * len(a.seed)
-    seeds = ", ".join(map(str, a.seed))
-    print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {a.pairs} pairs, '
-          f'{a.measurements} measurements, {a.clean} clean, {a.validation or a.test} '
-          f'{"validation" if a.validation else "test"} images\n'
-          f'methods: {", ".join(a.method)}; seeds {seeds}; {a.updates} updates each\n'
+    sizes = ([len(u) for u in (split.pairs_x, split.measurements, split.images, split.test_y)]
+             if split else [a.pairs, a.measurements, a.clean, a.validation or a.test])
+    scored, whole = sizes[3], ''
+    if split and isinstance(split.test_y, list):                    # in images of --size
+        scored = sum(u[0].numel() for u in split.test_y) / a.size ** 2
+        whole = f' of {scored * a.size ** 2 / 1e6:.1f} megapixels together'
+    t_f = forward_minutes(run, f)
+    t_prior = forward_minutes(run, prior, torch.zeros(16, dtype=torch.long, device=run.device))
+    priors = 3 * a.prior_batch * (a.prior_steps * t_prior + needs_denoiser(a) * a.denoiser_steps
+                                  * t_f)                            # 3: forward and backward
+    labels = {'R∘F': a.r_steps * t_prior, 'entropy': 4 * t_prior, 'truth': 0}
+    pairs = {None: 0, 'x_u': t_f, 'g(x_u)': 6 * t_f}                # of clean images
+    updates = sum(3 * min(sizes[0], a.batch) * a.updates * t_f
+                  + bool(m.label) * (a.updates - a.warmup) * a.batch
+                  * (3 * t_f + labels.get(m.label, t_f) + pairs[m.clean])
+                  for m in map(METHODS.get, a.method))
+    scores = a.points * scored * (t_f + t_prior) * len(a.method)
+    if any('cyclegan' in m for m in a.method):
+        gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size)).to(run.device)
+        updates += 24 * a.gan_steps * a.gan_batch * forward_minutes(run, gan.to_x)
+    print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {sizes[0]} pairs, '
+          f'{sizes[1]} measurements, {sizes[2]} clean, {sizes[3]} '
+          f'{"validation" if a.validation else "test"} images{whole}\n'
+          f'methods: {", ".join(a.method)}; seeds {", ".join(map(str, a.seed))}; '
+          f'{a.updates} updates each\n'
           f'DDPM of {millions(prior)} M, f of {millions(f)} M parameters on {run.device.type}, '
           f'{"bf16" if run.bf16 else "fp32"}, {torch.get_num_threads()} threads\n'
-          f'about {(priors * (not a.prior) + methods) * forward / 60 + .2:.1f} minutes; '
-          f'output in {run.out}',
+          f'about {priors * (not a.prior) + (updates + scores) * len(a.seed) + .1:.1f} minutes, '
+          f'{scores * len(a.seed):.1f} of them for scores (--points); output in {run.out}',
           flush=True)
 
 
@@ -1440,6 +1460,8 @@ def work(run, began):
     """Trains the priors, then each method with each seed, and reports."""
     a, more = run.a, optional_metrics(run.a)
     split = load_split(a, a.seed[0]).to(run.device)
+    if not Group.rank:
+        plan(run, split)
     check_config(run)
     prior, seconds = train_prior(run, split.images, 'prior')
     denoiser = train_prior(run, split.images, 'denoiser')[0] if needs_denoiser(a) else None
@@ -1478,11 +1500,10 @@ def main(a):
     if a.restore:
         return restore_pictures(a)
     run = Setup(a)
-    if not Group.rank:
-        plan(run)
-    if not a.dry_run:
-        with locked(run.out):
-            work(run, began)
+    if a.dry_run:
+        return plan(run)
+    with locked(run.out):
+        work(run, began)
 
 
 if __name__ == '__main__':

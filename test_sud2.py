@@ -756,6 +756,17 @@ def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_p
     assert (tmp_path / 'run/grid.png').exists() and (tmp_path / 'run/curves.png').exists()
 
 
+def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
+    """By the flags before anything is read, then by what the folders hold."""
+    flags = '--task', 'custom', '--data', str(folders), '--method', 'supervised'
+    sud2.main(tiny(tmp_path / 'run', *flags, '--dry-run'))
+    assert '2 pairs, 8 measurements, 16 clean, 12 test images\n' in capsys.readouterr().out
+    assert not (tmp_path / 'run').exists()
+    sud2.main(tiny(tmp_path / 'run', *flags))
+    said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.0 megapixels together\n'
+    assert said in capsys.readouterr().out
+
+
 def broken_folders(folders, case):
     """Spoils the user's folders in one way."""
     if case == 'sizes':
