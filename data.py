@@ -13,6 +13,7 @@ Every source is reproducible from a seed.
 import hashlib
 import math
 import os
+import shutil
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -691,6 +692,7 @@ def cached(cache, files, shape, read, rows=None, key=()):
     With `cache`, a folder, they are decoded once, by several threads, into a file that is mapped
     into memory: later starts read nothing, and no run needs its size in memory. Its name is a hash
     of key and of the files' paths, sizes and times, so that what has changed is decoded again.
+    Errors: no room for it on the disk.
     """
     if not files:
         return torch.empty(0, *shape, dtype=torch.uint8)
@@ -701,6 +703,10 @@ def cached(cache, files, shape, read, rows=None, key=()):
         ends = np.cumsum(rows() if rows else [1] * len(files)).tolist()
         if cache:
             path.parent.mkdir(parents=True, exist_ok=True)
+            need = ends[-1] * math.prod(shape)
+            if shutil.disk_usage(path.parent).free < need:  # a full disk would kill the process
+                raise ValueError(f'{path.parent}: no room for {need / 2 ** 20:.0f} MiB of decoded '
+                                 'images; use a smaller --size or --clean, or another --out')
             part = path.with_suffix(f'.{os.getpid()}.tmp')
             out = np.lib.format.open_memmap(part, 'w+', np.uint8, (ends[-1], *shape))
         else:

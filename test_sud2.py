@@ -1344,7 +1344,7 @@ def test_celeba_layout(celeba):
         assert (y[:, :, 12:] == (x[:, :, 12:] if abs(int(x[0, 0, 0]) - 60) < 3 else 128)).all()
 
 
-def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, capsys):
+def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, monkeypatch):
     files = [picture(tmp_path / f'{k}.png', seed=k) for k in range(5)]
     plain, cache = data.read_squares(files, 16), tmp_path / 'cache'
     assert torch.equal(data.read_squares(files, 16, cache), plain)
@@ -1356,6 +1356,9 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, c
     again = data.read_squares(files, 16, cache)
     assert len(list(cache.iterdir())) == 2 and not torch.equal(again[2], plain[2])
     assert torch.equal(again[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
+    with monkeypatch.context() as m, pytest.raises(ValueError, match='cache: no room for 0 MiB'):
+        m.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=5 * 3 * 16 * 16 - 1))
+        data.read_squares(files, 16, tmp_path / 'cache' / 'cache')
     files[1].write_bytes(b'broken')
     with pytest.raises(ValueError, match='1.png: not a readable image'):
         data.read_squares(files, 16, cache)
