@@ -69,8 +69,10 @@ def total_loss(paired, denoiser, reg, lam1, lam2):
 
 
 # What makes the pseudo-label, whose reconstruction of y_u it starts from, λ1 where it is not the
-# flag's, whether L_reg is on, what stands for y in the pairs that f learns from clean images.
-Method = namedtuple('Method', 'label source lam1 reg clean', defaults=('f', None, False, None))
+# flag's, or how many times the flag's, whether L_reg is on, what stands for y in the pairs that f
+# learns from clean images.
+Method = namedtuple('Method', 'label source lam1 times reg clean',
+                    defaults=('f', None, 1, False, None))
 METHODS = {
     'supervised': Method(None),
     'cyclegan': Method(None),                                       # trained in a loop of its own
@@ -82,7 +84,7 @@ METHODS = {
     'sud+reg+noise': Method('noise, denoise', reg=True),
     'sud2': Method('R∘F', reg=True),
     'sud2-kl': Method('entropy', clean='x_u'),                      # not in the paper
-    'sud2-kl+g': Method('entropy', lam1=1.0, clean='g(x_u)'),       # not in the paper
+    'sud2-kl+g': Method('entropy', times=5, clean='g(x_u)'),       # not in the paper
     'oracle': Method('truth', lam1=1.0),
 }
 ENDLESS = 'denoise', 'noise, denoise', 'R∘F'    # labels whose pull goes on where f is right
@@ -151,7 +153,7 @@ def measured(g, x, c):
 def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, m = run.a, METHODS[method]
-    most, lam2 = a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
+    most, lam2 = m.times * a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = Muon(f, a.lr)                                             # Dev. 9
     paired, curve = generators(100 * seed, run.device)[0], []

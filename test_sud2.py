@@ -313,7 +313,7 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
 
 
 @pytest.mark.parametrize('method, falls', [
-    ('sud', True), ('sud2', True), ('sud2-kl', False), ('oracle', False)])
+    ('sud', True), ('sud2', True), ('sud2-kl', False), ('sud2-kl+g', False), ('oracle', False)])
 def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, method, falls):
     """With the learning rate, for the paper's labels; D^f - D^x and the truth end by themselves."""
     run, used = sud2.Setup(tiny(tmp_path, '--warmup', '1', '--updates', '4', '--points', '1')), []
@@ -323,7 +323,7 @@ def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, m
     split = sud2.load_split(run.a, 0)
     models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
     sud2.train(run, method, 0, split, models, lambda f: {})
-    lam1 = 1.0 if method == 'oracle' else run.a.lam1
+    lam1 = {'oracle': 1, 'sud2-kl+g': 5 * run.a.lam1}.get(method, run.a.lam1)
     assert used == pytest.approx([lam1 * (sud2.learning_rate(k, 4) if falls else 1)
                                   for k in (1, 2, 3)])
 

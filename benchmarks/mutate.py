@@ -80,7 +80,7 @@ MUTATIONS = [
     ('sud2.py', 'paired_loss(self.f(made), x_u)', 'paired_loss(self.f(x_u), made)'),
     ('sud2.py', 'return paired_loss(self.f(x_u), x_u)', 'return paired_loss(self.f(y_u), x_u)'),
     ('sud2.py', 'loss + a.lam3 *', 'loss + a.lam2 *'),
-    ('sud2.py', "'sud2-kl+g': Method('entropy', lam1=1.0, clean='g(x_u)')", "'sud2-kl+g': Method('entropy', lam1=1.0)"),
+    ('sud2.py', "'sud2-kl+g': Method('entropy', times=5, clean='g(x_u)')", "'sud2-kl+g': Method('entropy', times=5)"),
     ('sud2.py', "    'sud2': Method('R∘F', reg=True)", "    'sud2': Method('R∘F')"),
     ('sud2.py', 'most > 0 or lam2 > 0) and step >=', 'most > 0 or lam2 > 0) or step >='),
     ('sud2.py', 'min(1 - 1 / (step + 1), .999)', 'min(1 / (step + 1), .999)'),
