@@ -84,7 +84,7 @@ METHODS = {
     'sud+reg+noise': Method('noise, denoise', reg=True),
     'sud2': Method('R∘F', reg=True),
     'sud2-kl': Method('entropy', clean='x_u'),                      # not in the paper
-    'sud2-kl+g': Method('entropy', times=5, clean='g(x_u)'),       # not in the paper
+    'sud2-kl+g': Method('entropy', times=5, clean='g(x_u)'),        # not in the paper
     'oracle': Method('truth', lam1=1.0),
 }
 ENDLESS = 'denoise', 'noise, denoise', 'R∘F'    # labels whose pull goes on where f is right
