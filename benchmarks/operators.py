@@ -4,9 +4,11 @@ chosen without them -> results/operators.json, assets/operators.png and a table.
 
     python benchmarks/operators.py
     python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba
+    python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba --lam1 0.04
 
 Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
-picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
+picture stays in runs/). How strong each is varies from image to image. All share the first's prior;
+another λ1 goes on from the images and the prior of the command without it.
 """
 import argparse
 import contextlib
@@ -92,11 +94,11 @@ def write_folders(name, a):
     """One degradation's folders, unless they are there; the clean images are the same for all."""
     def keep(x, rng):
         return x
-    root, clean, spoil = a.runs / 'data' / name, a.runs / 'data/images', OPERATORS[name]
+    root, clean = (a.first.parent / 'data' / folder for folder in (name, 'images'))
     for folder, part, degrade in (
-            (clean, 'images', keep), (root / 'measurements', 'measurements', spoil),
+            (clean, 'images', keep), (root / 'measurements', 'measurements', OPERATORS[name]),
             *((root / part / side, part, degrade) for part in ('paired', 'test')
-              for side, degrade in (('x', keep), ('y', spoil)))):
+              for side, degrade in (('x', keep), ('y', OPERATORS[name])))):
         if not folder.exists():
             folder.mkdir(parents=True)
             rng = np.random.default_rng(PARTS[part][0])
@@ -109,10 +111,11 @@ def write_folders(name, a):
 
 def run(name, a):
     """One degradation -> PSNR of the measurements, {method: {seed: scores}}, two test pictures."""
-    root, out, first = write_folders(name, a), a.runs / name, next(iter(OPERATORS))
+    root, out = write_folders(name, a), a.runs / name
     if not (out / 'metrics.json').exists():
-        prior = ['--prior', str(a.runs / first)] if name != first else []
-        sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out), *prior,
+        more = ['--prior', str(a.first)] if out != a.first else []
+        more += ['--lam1', a.lam1] if a.lam1 else []
+        sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out), *more,
                               '--method', *METHODS, '--seed', '0', '1', '2']))
     scores = json.loads((out / 'metrics.json').read_text())['methods']
     for s in (s for seeds in scores.values() for s in seeds.values()):
@@ -161,16 +164,21 @@ def main():
     p = argparse.ArgumentParser(description='Other degradations, as custom tasks of sud2.')
     p.add_argument('--faces', metavar='DIR', help='real faces in place of drawn ones')
     p.add_argument('--images', metavar='DIR', help='other real faces, for U_x')
+    p.add_argument('--lam1', metavar='X', help='another λ1')
     a = p.parse_args()
     name = 'operators-real' if a.faces else 'operators'
     a.runs, done, rows = Path('runs') / name, {}, {}
+    a.first = a.runs / next(iter(OPERATORS))
+    if a.lam1:
+        name += f'-lam1-{a.lam1}'
+        a.runs /= f'lam1-{a.lam1}'
     for operator in OPERATORS:
         psnr, methods, pictures = run(operator, a)
         done[operator] = {'measurement_psnr': psnr, 'methods': methods}
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png')
+    picture(rows, (ROOT / 'assets' if name == 'operators' else a.runs) / f'{name}.png')
     sud2.write_json(ROOT / 'results' / f'{name}.json', {
         'command': 'python benchmarks/operators.py ' + ' '.join(sys.argv[1:]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
