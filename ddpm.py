@@ -27,7 +27,7 @@ def alphas_cumprod(T=1000, beta_start=1e-4, beta_end=0.02):
 
 def at(acp, t, like):
     """ᾱ_t for t (B,), shaped to broadcast against `like` (B, ...); ᾱ_{-1} = 1."""
-    a = torch.where(t < 0, 1.0, acp[t.clamp(min=0)])
+    a = torch.where(t < 0, 1.0, acp[t])
     return a.view(-1, *[1] * (like.dim() - 1))
 
 

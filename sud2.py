@@ -249,7 +249,9 @@ class Unpaired:
 
     def clean_loss(self, x, y, x_hat, y_u):
         """Not in the paper: L_paired on pairs made of clean images: (x_u, x_u), since f has nothing
-        to undo in a clean image, or (g(x_u), x_u), where g learns from the pairs and from f."""
+        to undo in a clean image, or (g(x_u), x_u), where g learns from the pairs and from f. What
+        differs at random g cannot know: with --residual a made measurement gets what is left of a
+        true one, y_u - g(f(y_u)), noise or scratches."""
         run, images = self.run, self.split.images
         if self.method.clean == 'x_u':      # a few do as well as many; they go to every process
             few = draw_batch(self.draws, len(images), max(1, run.a.batch // 4))
@@ -257,12 +259,15 @@ class Unpaired:
             with run.amp():
                 return paired_loss(self.f(x_u), x_u)
         x_u = batch_of(images, *self.batch(images)[:2])
+        known, shown = torch.cat([x, x_hat]), torch.cat([y, y_u])
+        c = change(known, shown)
         with run.amp():
+            y_hat = measured(self.g, known, c).tensor_split([len(x)])
             with torch.no_grad():
-                made = measured(self.g, x_u, change(x_hat, y_u))
+                made = measured(self.g, x_u, c[len(x):])
+                if run.a.residual:
+                    made += y_u - y_hat[1]
             loss = paired_loss(self.f(made), x_u)
-            known, shown = torch.cat([x, x_hat]), torch.cat([y, y_u])
-            y_hat = measured(self.g, known, change(known, shown)).tensor_split([len(x)])
         descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), self.g, self.g_opt,
                 run.a.kl_lr)
         return loss
@@ -1173,7 +1178,7 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message):
-        self.exit(2, f'sud2.py: error: {message}\n')
+        self.exit(2, f'sud2.py: error: {" ".join(message.split())}\n')
 
 
 def command_line():
@@ -1233,6 +1238,8 @@ def flags_of_the_method(p):
     g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--lam3', type=weight, default=0.2,
                    help='sud2-kl, sud2-kl+g: λ3, weight of L_paired on pairs of clean images')
+    g.add_argument('--residual', action='store_true',
+                   help='sud2-kl+g: what g leaves of measurements, say noise, is put on its own')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')

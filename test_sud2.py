@@ -432,10 +432,11 @@ def test_g_is_told_what_most_pixels_undergo():
         assert (y_hat - y).abs().mean() < .05
 
 
-@pytest.mark.parametrize('method', ['sud2-kl', 'sud2-kl+g'])
-def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize('method, flags', [
+    ('sud2-kl', ()), ('sud2-kl+g', ()), ('sud2-kl+g', ('--residual',))])
+def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method, flags):
     """The first update, of flat images: f(y) = y - .2, say, and g(x) = (1 - sigmoid(-2)) x."""
-    run = sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
+    run = sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1', *flags))
     losses, told, measured = [], [], sud2.measured
     x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
                           for v in (30, 90, 150, 250))
@@ -456,11 +457,12 @@ def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method):
     sud2.train(run, method, 0, split, sud2.Models(prior), lambda f: {})
     x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
     k = 1 / (1 + math.exp(-2))
-    clean = (k * x_u - 0.2 - x_u) ** 2 if '+g' in method else 0.2 ** 2
+    made = k * x_u + (y_u - k * (y_u - 0.2) if flags else 0)
+    clean = (made - 0.2 - x_u) ** 2 if '+g' in method else 0.2 ** 2
     _, *of_g, of_f = losses                 # D^f is the prior still: nothing is pulled
     assert of_g == [pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
                     ] * ('+g' in method)
-    c = 4 * [0.2] + [y_p - x_p] + 4 * [0.2] if '+g' in method else []   # x_u gets that of y_u
+    c = [y_p - x_p] + 8 * [0.2] if '+g' in method else []               # x_u gets that of y_u
     assert told == pytest.approx(c, abs=1e-4)
     assert of_f == pytest.approx((y_p - 0.2 - x_p) ** 2 + run.a.lam3 * clean, abs=1e-4)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]

@@ -77,6 +77,8 @@ MUTATIONS = [
     ('sud2.py', 'x_u, change(x_hat, y_u))', 'x_u, change(y_u, y_u))'),
     ('sud2.py', 'paired_loss(y_hat[1], y_u)', 'paired_loss(y_hat[1], x_hat)'),
     ('sud2.py', 'paired_loss(y_hat[0], y) +', 'paired_loss(y_hat[0], x) +'),
+    ('sud2.py', 'made += y_u - y_hat[1]', 'made += y_hat[1] - y_u'),
+    ('sud2.py', 'measured(self.g, x_u, c[len(x):])', 'measured(self.g, x_u, c[:-len(x)])'),
     ('sud2.py', 'paired_loss(self.f(made), x_u)', 'paired_loss(self.f(x_u), made)'),
     ('sud2.py', 'return paired_loss(self.f(x_u), x_u)', 'return paired_loss(self.f(y_u), x_u)'),
     ('sud2.py', 'loss + a.lam3 *', 'loss + a.lam2 *'),

@@ -4,11 +4,9 @@ chosen without them -> results/operators.json, assets/operators.png and a table.
 
     python benchmarks/operators.py
     python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba
-    python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba --lam1 0.04
 
 Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
-picture stays in runs/). How strong each is varies from image to image. All share the first's prior;
-another λ1 goes on from the images and the prior of the command without it.
+picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
 """
 import argparse
 import contextlib
@@ -28,6 +26,7 @@ import metrics  # noqa: E402
 import sud2  # noqa: E402
 
 METHODS = 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'
+MORE = 'sud2-kl+g --residual', 'sud2-kl+g --lam1 0.04'      # the second on real faces
 # part -> stream and number of drawn faces, which of the shuffled real ones; a seed takes five pairs
 PARTS = {'images': (0, 12500, slice(12500)), 'test': (1, 768, slice(368)),
          'paired': (1000, 50, slice(368, 418)), 'measurements': (1001, 1000, slice(418, None))}
@@ -94,11 +93,11 @@ def write_folders(name, a):
     """One degradation's folders, unless they are there; the clean images are the same for all."""
     def keep(x, rng):
         return x
-    root, clean = (a.first.parent / 'data' / folder for folder in (name, 'images'))
+    root, clean, spoil = a.runs / 'data' / name, a.runs / 'data/images', OPERATORS[name]
     for folder, part, degrade in (
-            (clean, 'images', keep), (root / 'measurements', 'measurements', OPERATORS[name]),
+            (clean, 'images', keep), (root / 'measurements', 'measurements', spoil),
             *((root / part / side, part, degrade) for part in ('paired', 'test')
-              for side, degrade in (('x', keep), ('y', OPERATORS[name])))):
+              for side, degrade in (('x', keep), ('y', spoil)))):
         if not folder.exists():
             folder.mkdir(parents=True)
             rng = np.random.default_rng(PARTS[part][0])
@@ -111,37 +110,41 @@ def write_folders(name, a):
 
 def run(name, a):
     """One degradation -> PSNR of the measurements, {method: {seed: scores}}, two test pictures."""
-    root, out = write_folders(name, a), a.runs / name
-    if not (out / 'metrics.json').exists():
-        more = ['--prior', str(a.first)] if out != a.first else []
-        more += ['--lam1', a.lam1] if a.lam1 else []
-        sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out), *more,
-                              '--method', *METHODS, '--seed', '0', '1', '2']))
-    scores = json.loads((out / 'metrics.json').read_text())['methods']
-    for s in (s for seeds in scores.values() for s in seeds.values()):
-        del s['curve']
+    root, first = write_folders(name, a), a.runs / next(iter(OPERATORS))
     x, y = (torch.stack([data.read_whole(f, 32) for f in data.image_files(root / 'test' / k)])
             for k in 'xy')
     i = 2 * list(OPERATORS).index(name)
     shown, pictures = data.image_files(root / 'test/y')[i:i + 2], {'measurement': y[i:i + 2]}
-    for m in METHODS:
-        restored = out / 'restored' / m
+    scores = {}
+    for called in [*METHODS, *(MORE if a.faces else MORE[:1])]:
+        method, *flags = called.split()
+        out = a.runs / name / '-'.join(flags).strip('-')
+        if not (out / 'metrics.json').exists():
+            flags += ['--prior', str(first)] if out != first else []
+            methods = METHODS if out == a.runs / name else [method]
+            sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out),
+                                  *flags, '--method', *methods, '--seed', '0', '1', '2']))
+        scores[called] = json.loads((out / 'metrics.json').read_text())['methods'][method]
+        for s in scores[called].values():
+            del s['curve']
+        restored = out / 'restored' / method
         with contextlib.redirect_stdout(None):
             sud2.main(sud2.parse(['--restore', *map(str, shown), '--out', str(restored),
-                                  '--checkpoint', str(out / f'{m}-s0.pt')]))
-        pictures[m] = [data.read_whole(restored / f.name, 32) for f in shown]
+                                  '--checkpoint', str(out / f'{method}-s0.pt')]))
+        pictures[called] = [data.read_whole(restored / f.name, 32) for f in shown]
     psnr = metrics.psnr(data.to_float(y), data.to_float(x), data_range=2).mean().item()
     return psnr, scores, {**pictures, 'truth': x[i:i + 2]}
 
 
 def table_of(done):
     """Markdown table, a row a degradation: means over seeds of PSNR and, in brackets, FD-prior."""
-    rows = ['| | measurement | supervised, best | ' + ' | '.join(METHODS) + ' |',
-            '|---|' + '---:|' * (2 + len(METHODS))]
+    methods = next(iter(done.values()))['methods']
+    rows = ['| | measurement | supervised, best | ' + ' | '.join(methods) + ' |',
+            '|---|' + '---:|' * (2 + len(methods))]
     for name, d in done.items():
-        def mean(m, key, methods=d['methods']):
-            return statistics.mean(s[key] for s in methods[m].values())
-        cells = [f'{mean(m, "psnr"):.2f} ({mean(m, "fd_prior"):.2f})' for m in METHODS]
+        def mean(m, key, scores=d['methods']):
+            return statistics.mean(s[key] for s in scores[m].values())
+        cells = [f'{mean(m, "psnr"):.2f} ({mean(m, "fd_prior"):.2f})' for m in methods]
         plain = f'{d["measurement_psnr"]:.2f}', f'{mean("supervised", "best_psnr"):.2f}'
         rows.append(f'| {" | ".join([name, *plain, *cells])} |')
     return '\n'.join(rows)
@@ -164,21 +167,16 @@ def main():
     p = argparse.ArgumentParser(description='Other degradations, as custom tasks of sud2.')
     p.add_argument('--faces', metavar='DIR', help='real faces in place of drawn ones')
     p.add_argument('--images', metavar='DIR', help='other real faces, for U_x')
-    p.add_argument('--lam1', metavar='X', help='another λ1')
     a = p.parse_args()
     name = 'operators-real' if a.faces else 'operators'
     a.runs, done, rows = Path('runs') / name, {}, {}
-    a.first = a.runs / next(iter(OPERATORS))
-    if a.lam1:
-        name += f'-lam1-{a.lam1}'
-        a.runs /= f'lam1-{a.lam1}'
     for operator in OPERATORS:
         psnr, methods, pictures = run(operator, a)
         done[operator] = {'measurement_psnr': psnr, 'methods': methods}
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    picture(rows, (ROOT / 'assets' if name == 'operators' else a.runs) / f'{name}.png')
+    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png')
     sud2.write_json(ROOT / 'results' / f'{name}.json', {
         'command': 'python benchmarks/operators.py ' + ' '.join(sys.argv[1:]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
