@@ -218,6 +218,8 @@ def test_ddpm_loss_is_zero_for_the_right_noise_and_its_square_for_none():
     assert_close(ddpm.ddpm_loss(lambda x_t, t: 0 * x_t, x, t, eps, ACP), eps.square().mean())
     x_t = ddpm.add_noise(x, t, eps, ACP)
     assert_close(ddpm.predict_x0(x_t, t, eps, ACP, clip=False), x, atol=3e-4, rtol=0)
+    assert_close(ddpm.predict_x0(3 * x_t, t, eps, ACP), ddpm.predict_x0(
+        3 * x_t, t, eps, ACP, clip=False).clamp(-1, 1))
 
 
 def test_denoiser_loss_of_the_wiener_filter():
@@ -1086,7 +1088,7 @@ def test_gap_closed_is_measured_from_the_best_supervised_value():
 
 # --------------------------------------------------------- metrics
 def test_psnr_closed_form_mask_and_equal_images():
-    x = torch.zeros(2, 3, 12, 12)
+    x = torch.randint(8, (2, 3, 12, 12)) / 8
     y = x.clone()
     y[1, :, :6] += 0.5
     assert metrics.psnr(y, x, data_range=2)[0] == math.inf
