@@ -248,8 +248,7 @@ def paint_body(c, p):
 def paint_head(c, p):
     """Ears and the face without its features -> signed distance of the face's outline."""
     for side in (-1, 1):
-        ear = ellipse(c.u - side * (p['a'] + .01 - .04 * side * p['yaw']), c.v + .02,
-                      .06, .12)
+        ear = ellipse(c.u - side * (p['a'] + .01 - .04 * side * p['yaw']), c.v + .02, .06, .12)
         c.paint(p['skin'] * .86 * c.shade, c.cover(ear))
     b = torch.where(c.v < 0, p['up'], p['low'])
     k = torch.where(c.v < 0, 2.0, p['jaw'])
@@ -333,8 +332,7 @@ def paint_glasses(c, p, u):
     y = c.v - p['eye_y'] - p['pitch'] - .01
     for side in (-1, 1):
         x = u - side * (p['eye_x'] + .005)
-        lens = torch.where(p['round'] > 0, ellipse(x, y, .15, .135),
-                           box(x, y, .16, .105, .04))
+        lens = torch.where(p['round'] > 0, ellipse(x, y, .15, .135), box(x, y, .16, .105, .04))
         c.paint(p['frame'] * .4, p['glasses'] * p['shades'] * .85 * c.cover(lens))
         c.paint(p['frame'], p['glasses'] * c.line(lens.abs(), p['frame_w']))
         temple = torch.maximum((y + .03).abs() - p['frame_w'], (x * side - .15).clamp(max=0).abs())

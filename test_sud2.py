@@ -30,6 +30,7 @@ import data
 import ddpm
 import metrics
 import sud2
+import unet
 from unet import Attention, Muon, UNet, orthogonalised
 
 HERE = Path(__file__).parent
@@ -1206,6 +1207,13 @@ def test_unet_shapes_and_errors():
         UNet(3, 3, 16)(torch.zeros(1, 3, 16, 16), t)
 
 
+def test_time_embedding_and_groups_by_hand():
+    """Frequencies 1 and 0.01 for four numbers; groups of at least 16, as equal as can be."""
+    expected = [f(v) for f in (math.sin, math.cos) for v in (100, 1)]
+    assert_close(unet.time_embedding(torch.tensor([100]), 4)[0], torch.tensor(expected))
+    assert [unet.groups(n, 16) for n in (8, 24, 32, 40, 48, 64)] == [1, 1, 2, 2, 3, 4]
+
+
 def test_unet_starts_without_a_grid():
     net = UNet(3, 3, 16, (1, 2, 2), patch=2)
     h = torch.randn(2, 32, 4, 4)
@@ -1267,6 +1275,31 @@ def test_muon_steps_along_all_singular_vectors_alike():
             assert steps.min() > 3e-3 * .3 and steps.max() < 3e-3 * 1.25, n
         else:
             assert_close(p, q, atol=1e-7, rtol=0)
+
+
+def test_muon_averages_gradients_and_looks_ahead():
+    """Nesterov: after gradients a and b along 0.1 b + 0.9 m, where m = 0.9 (0.1 a) + 0.1 b."""
+    torch.manual_seed(0)
+    net = UNet(3, 3, 16, (1, 2))
+    p, (a, b) = net.encoder[0].conv1.weight, torch.randn(2, 16, 16, 3, 3)
+    opt = Muon(net, 1e-3)
+    for gradient in (a, b):
+        before = p.detach().clone()
+        for q in net.parameters():
+            q.grad = gradient.clone() if q is p else torch.zeros_like(q)
+        opt.step()
+    ahead = 0.1 * b + 0.9 * (0.9 * 0.1 * a + 0.1 * b)
+    step = 3e-3 * orthogonalised(ahead.flatten(1)[None]).view_as(p)
+    assert_close(before - p.detach(), step, atol=2e-6, rtol=0)
+
+
+def test_a_step_is_clipped_and_of_the_learning_rate_given():
+    net = torch.nn.Linear(1, 1, bias=False)
+    opt = torch.optim.SGD(net.parameters(), 5.0)
+    for slope, change in ((1000.0, 0.25), (-0.5, -0.125)):
+        before = net.weight.item()
+        sud2.descend((slope * net.weight).sum(), net, opt, 0.25)
+        assert before - net.weight.item() == pytest.approx(change, abs=1e-5)
 
 
 # --------------------------------------------------------- data

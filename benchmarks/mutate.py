@@ -40,6 +40,7 @@ MUTATIONS = [
     ('ddpm.py', 'denoiser(x + sigma * noise_like', 'denoiser(x + noise_like'),
     ('ddpm.py', 'generator)).float() - x).square()', 'generator)).float() - x).abs()'),
     ('ddpm.py', 'p.lerp_(q, 1 - decay)', 'p.lerp_(q, decay)'),
+    ('metrics.py', '(x_hat.float() - x.float()).square()', '(x_hat.float() + x.float()).square()'),
     ('metrics.py', 'data_range ** 2 / mse', 'data_range / mse'),
     ('metrics.py', '10 * torch.log10', '20 * torch.log10'),
     ('metrics.py', '(error.flatten(1) * m).sum(1) / m.sum(1)', '(error.flatten(1) * m).mean(1)'),
