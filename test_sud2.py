@@ -316,9 +316,11 @@ def test_pseudo_label_is_fixed_and_9_is_the_gradient():
 
 
 @pytest.mark.parametrize('method, falls', [
-    ('sud', True), ('sud2', True), ('sud2-kl', False), ('sud2-kl+g', False), ('oracle', False)])
+    ('sud', True), ('sud-te', True), ('sud2', True), ('sud2-kl', False), ('sud2-kl+g', False),
+    ('oracle', False)])
 def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, method, falls):
-    """With the learning rate, for the paper's labels; D^f - D^x and the truth end by themselves."""
+    """With the learning rate, for the paper's labels; D^f - D^x and the truth end by themselves.
+    An ensemble's label is let in little by little."""
     run, used = sud2.Setup(tiny(tmp_path, '--warmup', '1', '--updates', '4', '--points', '1')), []
     total_loss = sud2.total_loss
     monkeypatch.setattr(sud2, 'total_loss', lambda paired, denoiser, reg, lam1, lam2: (
@@ -327,8 +329,9 @@ def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, m
     models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
     sud2.train(run, method, 0, split, models, lambda f: {})
     lam1 = {'oracle': 1, 'sud2-kl+g': 5 * run.a.lam1}.get(method, run.a.lam1)
-    assert used == pytest.approx([lam1 * (sud2.learning_rate(k, 4) if falls else 1)
-                                  for k in (1, 2, 3)])
+    ramp = [math.exp(-5) if method == 'sud-te' else 1, 1, 1]
+    assert used == pytest.approx([lam1 * (sud2.learning_rate(k, 4) if falls else 1) * r
+                                  for k, r in zip((1, 2, 3), ramp)])
 
 
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
@@ -1078,6 +1081,18 @@ def test_times_are_uniform_for_d_f_and_log_normal_for_the_prior(tmp_path, monkey
     t = torch.cat(seen).double()
     assert t.max() == 999 and t.median() == pytest.approx(120, rel=.1)
     assert t.clamp(min=1).log().std() == pytest.approx(1.1, abs=.1)
+
+
+def test_held_out_loss_is_0_for_who_knows_the_image_and_1_for_who_says_nothing(tmp_path):
+    run, u, times = sud2.Setup(tiny(tmp_path)), torch.full((80, 3, 16, 16), 204).byte(), []
+
+    def knows(x_t, t):
+        times.extend(t.tolist())
+        a = ACP[t].view(-1, 1, 1, 1)
+        return (x_t - a.sqrt() * 0.6) / (1 - a).sqrt()
+    assert sud2.held_out_loss(run, knows, u) == pytest.approx(0, abs=1e-5)
+    assert (min(times), max(times), len(times)) == (0, 999, 80)
+    assert sud2.held_out_loss(run, lambda x_t, t: 0 * x_t, u) == pytest.approx(1, abs=.02)
 
 
 def test_gap_closed_is_measured_from_the_best_supervised_value():
