@@ -7,6 +7,7 @@ chosen without them -> results/operators.json, assets/operators.png and a table.
 
 Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
 picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
+sud2-kl+g also runs with --residual and, on real faces, with a fifth of λ1.
 """
 import argparse
 import contextlib
@@ -178,7 +179,7 @@ def main():
     print(table_of(done))
     picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png')
     sud2.write_json(ROOT / 'results' / f'{name}.json', {
-        'command': 'python benchmarks/operators.py ' + ' '.join(sys.argv[1:]), 'operators': done,
+        'command': ' '.join(['python benchmarks/operators.py', *sys.argv[1:]]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
                         'threads': torch.get_num_threads()}})
 
