@@ -75,7 +75,6 @@ MUTATIONS = [
     ('sud2.py', 'sigmoid(4 * share - 2)', 'sigmoid(4 * share + 2)'),
     ('sud2.py', '(y - x).flatten(2).median', '(x - y).flatten(2).median'),
     ('sud2.py', 'torch.cat([x, c.expand_as(x)], 1)', 'torch.cat([x, 0 * c.expand_as(x)], 1)'),
-    ('sud2.py', 'x_u, change(x_hat, y_u))', 'x_u, change(y_u, y_u))'),
     ('sud2.py', 'paired_loss(y_hat[1], y_u)', 'paired_loss(y_hat[1], x_hat)'),
     ('sud2.py', 'paired_loss(y_hat[0], y) +', 'paired_loss(y_hat[0], x) +'),
     ('sud2.py', 'made += y_u - y_hat[1]', 'made += y_hat[1] - y_u'),
