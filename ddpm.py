@@ -93,7 +93,7 @@ def R(eps_model, x_t, t_start, acp, *, steps, eta=0.0, clip=True, generator=None
 
 def R_of_F(eps_model, x, t_start, acp, *, steps, eta=0.0, clip=True, generator=None):
     """R(F(x)): noises x (B, C, H, W) in [-1, 1] to t_start and denoises it again; no gradient."""
-    return R(eps_model, F(x.detach(), t_start, acp, generator), t_start, acp,
+    return R(eps_model, F(x, t_start, acp, generator), t_start, acp,
              steps=steps, eta=eta, clip=clip, generator=generator)
 
 

@@ -1129,6 +1129,7 @@ def test_ssim_of_constants_and_scale():
     assert_close(metrics.ssim(x, x, data_range=1), torch.ones(150))
     last = metrics.ssim(x[140:], y[140:], data_range=1)
     assert_close(metrics.ssim(x, y, data_range=1)[140:], last)
+    assert_close(metrics.ssim(x[..., :11, :11], x[..., :11, :11], data_range=1), torch.ones(150))
     with pytest.raises(ValueError, match='11 x 11'):
         metrics.ssim(x[..., :10], y[..., :10], data_range=1)
 
