@@ -211,6 +211,8 @@ def test_r_clips_and_leaves_a_clean_image_alone():
         for steps, eta in ((1, 0), (4, 0), (7, 1), (201, 0.5)):
             out = ddpm.R_of_F(eps, torch.zeros(2, 1, 4, 4), 200, ACP, steps=steps, eta=eta)
             assert_close(out, torch.full_like(out, expected), atol=1e-5, rtol=0)
+    x = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    assert not ddpm.R_of_F(eps, x, 200, ACP, steps=2).requires_grad
 
 
 def test_ddpm_loss_is_zero_for_the_right_noise_and_its_square_for_none():

@@ -121,10 +121,10 @@ def run(name, a):
         method, *flags = called.split()
         out = a.runs / name / '-'.join(flags).strip('-')
         if not (out / 'metrics.json').exists():
-            flags += ['--prior', str(first)] if out != first else []
-            methods = METHODS if out == a.runs / name else [method]
+            prior = ['--prior', str(first)] if out != first else []
             sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out),
-                                  *flags, '--method', *methods, '--seed', '0', '1', '2']))
+                                  *flags, *prior, '--method', *([method] if flags else METHODS),
+                                  '--seed', '0', '1', '2']))
         scores[called] = json.loads((out / 'metrics.json').read_text())['methods'][method]
         for s in scores[called].values():
             del s['curve']
