@@ -104,17 +104,25 @@ class CycleGAN(nn.Module):
 
 
 def pooled(pool, images, generator, size=50):
-    """Fills `pool`, a list, with images (B, ...); once full, half of the time gives an old one for
-    a new one -> (B, ...). It keeps the discriminators from following the last outputs alone."""
-    out, device = [], generator.device if generator else 'cpu'
-    for image in images.detach():
-        if len(pool) < size:
-            pool.append(image)
-        elif torch.rand((), generator=generator, device=device) < .5:
-            k = int(torch.randint(size, (), generator=generator, device=device))
-            image, pool[k] = pool[k], image
-        out.append(image)
-    return torch.stack([image.to(images) for image in out])
+    """Images (B, ...) as they are or, half of the time once `size` of them are in the pool, an old
+    one for a new one -> float32 (B, ...). It keeps a discriminator from following the last outputs
+    alone. `pool`, empty at first, becomes [former images, how many]; what goes in and what comes
+    out is decided where the images are, so that no GPU waits for it."""
+    images, device = images.detach().float(), generator.device if generator else 'cpu'
+    if not pool:
+        pool += [images.new_zeros(size, *images.shape[1:]), torch.zeros(1, dtype=torch.long)]
+    pool[:] = former, count = [part.to(images.device) for part in pool]
+    draws = (torch.rand(len(images), generator=generator, device=device) < .5,
+             torch.randint(size, (len(images),), generator=generator, device=device))
+    out = []
+    for image, swap, k in zip(*(v.to(images.device).split(1) for v in (images, *draws))):
+        full = count == size
+        k = torch.where(full, k, count)
+        old = former[k]
+        out.append(torch.where(full & swap, old, image))
+        former.index_copy_(0, k, torch.where(full & ~swap, old, image))
+        count += ~full
+    return torch.cat(out)
 
 
 def gan_loss(verdict, real):
@@ -138,8 +146,9 @@ def discriminator_loss(net, real, fake):
 
 def optimisers(gan, lr=2e-4):
     """Adam for both generators, and for both discriminators."""
-    return (torch.optim.Adam(gan.generators(), lr, (.5, .999)),
-            torch.optim.Adam(gan.discriminators(), lr, (.5, .999)))
+    on_gpu = next(gan.parameters()).is_cuda             # its steps may then be part of a CUDA graph
+    return tuple(torch.optim.Adam(p, lr, (.5, .999), capturable=on_gpu)
+                 for p in (gan.generators(), gan.discriminators()))
 
 
 def linear_decay(step, steps):

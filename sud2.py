@@ -443,8 +443,8 @@ def train_cyclegan(run, seed, split, score):
 
     parts = {'gan': gan, 'opt_G': opt_G, 'opt_D': opt_D, 'draws': draws, 'pool_x': gan.pool_x,
              'pool_y': gan.pool_y, 'curve': curve}
-    seconds = fit(run, f'cyclegan-s{seed}', parts, update, schedule, a.gan_steps, ['gan', 'curve'],
-                  {'kind': 'CycleGAN'},
+    seconds = fit(run, f'cyclegan-s{seed}', parts, recorded(update, parts, run.device), schedule,
+                  a.gan_steps, ['gan', 'curve'], {'kind': 'CycleGAN'},
                   lambda step: note_score(a, curve, step, a.gan_steps, score, gan.to_x))
     return gan, curve, seconds
 

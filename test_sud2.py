@@ -590,16 +590,19 @@ def test_cyclegan_losses_by_hand():
 
 
 def test_cyclegan_pool_gives_back_old_images_half_of_the_time():
-    g, pool = torch.Generator().manual_seed(0), []
-    for k in range(50):
-        image = torch.full((1, 1), float(k))
-        assert cyclegan.pooled(pool, image, g).item() == k
-    old = 0
-    for k in range(50, 1050):
-        out = cyclegan.pooled(pool, torch.full((1, 1), float(k)), g).item()
-        old += out != k
-        assert len(pool) == 50 and (out == k or out not in [p.item() for p in pool])
-    assert 440 < old < 560
+    g, pool, given = torch.Generator().manual_seed(0), [], 0
+    for k in range(0, 50, 5):
+        images = torch.arange(k, k + 5.).view(5, 1)
+        assert_close(cyclegan.pooled(pool, images, g), images)
+    assert_close(pool[0], torch.arange(50.).view(50, 1))
+    for k in range(50, 1050, 5):
+        images, before = torch.arange(k, k + 5.).view(5, 1), pool[0].clone()
+        out = cyclegan.pooled(pool, images, g)
+        given += (out != images).sum().item()
+        there, now = (torch.cat(v).flatten().sort().values
+                      for v in ([before, images], [pool[0], out]))
+        assert_close(there, now, msg='what comes out goes from the pool, and nothing else')
+    assert 440 < given < 560
 
 
 def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses():
@@ -981,20 +984,30 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('method', ['sud-te', 'sud2-kl+g'])
+@pytest.mark.parametrize('method', ['sud-te', 'sud2-kl+g', 'cyclegan'])
 def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, method):
-    """On a GPU: f goes the same way, up to rounding."""
-    flags = ['--device', 'cuda', '--method', method, '--updates', '14', '--warmup', '5']
+    """On a GPU: f, or CycleGAN's y -> x, goes the same way, up to rounding."""
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # the same kernels each time: a GAN
+    torch.use_deterministic_algorithms(True, warn_only=True)    # makes much of a rounding
+    flags = ['--device', 'cuda', '--method', method, '--updates', '14', '--warmup', '5',
+             '--residual', '--gan-steps', '14']
     ends = []
     for recorded in (sud2.recorded, lambda update, parts, device: update):
         monkeypatch.setattr(sud2, 'recorded', recorded)
         run = sud2.Setup(tiny(tmp_path / str(len(ends)), *flags))
         run.out.mkdir()
-        split, start = sud2.load_split(run.a, 0).to(run.device), run.net(0, residual=True)
+        split = sud2.load_split(run.a, 0).to(run.device)
         models = sud2.Models(run.net(0, time=True), run.net(1, residual=True))
-        f, _, _ = sud2.train(run, method, 0, split, models, lambda f: {})
+        if method == 'cyclegan':
+            torch.manual_seed(0)
+            start = cyclegan.CycleGAN(3, *cyclegan.sizes(run.a.size)).to_x.to(run.device)
+            f = sud2.train_cyclegan(run, 0, split, lambda f: {})[0].to_x
+        else:
+            start = run.net(0, residual=True)
+            f = sud2.train(run, method, 0, split, models, lambda f: {})[0]
         ends.append(torch.cat([(p - q).flatten() for p, q in zip(
             f.parameters(), start.parameters())]))
+    torch.use_deterministic_algorithms(False)
     assert (ends[0] - ends[1]).norm() < .01 * ends[1].norm()
 
 

@@ -3,8 +3,8 @@
 
     python benchmarks/gpu.py
 
-The DDPM's and the default methods' updates, their kernels launched one by one and replayed as a
-CUDA graph, and CycleGAN's, which is launched always: medians of interleaved turns.
+The DDPM's, the default methods' and CycleGAN's updates, their kernels launched one by one and
+replayed as a CUDA graph: medians of interleaved turns.
 """
 import statistics
 import sys
@@ -40,9 +40,7 @@ def measure(size, precision, turns=3):
         return record(update, parts, device)
 
     def timed(run, name, parts, update, schedule, *more):
-        kinds = {'launched': plain.pop() if plain else update}
-        if update is not kinds['launched']:
-            kinds['replayed'] = update
+        kinds = {'launched': plain.pop(), 'replayed': update}
         for kind in kinds.values():
             milliseconds(kind, schedule, 4 if kind is not update else 8)    # warms up, records
         times = [{k: milliseconds(kind, schedule, 2 if k == 'launched' else 8)
@@ -68,9 +66,8 @@ def main():
     for size, precision in ((32, 'bf16'), (32, 'fp32'), (64, 'bf16')):
         for part, ms in measure(size, precision).items():
             rows.append({'size': size, 'precision': precision, 'part': part, **ms})
-            print(f'| {size}, {precision} | {part} | {ms["launched"]:.1f} | '
-                  + (f'{ms["replayed"]:.1f} | {ms["replayed"] / ms["launched"]:.2f} |'
-                     if 'replayed' in ms else '– | – |'), flush=True)
+            print(f'| {size}, {precision} | {part} | {ms["launched"]:.1f} | {ms["replayed"]:.1f} | '
+                  f'{ms["replayed"] / ms["launched"]:.2f} |', flush=True)
     sud2.write_json(ROOT / 'results' / 'bench-gpu.json', {
         'command': 'python benchmarks/gpu.py', 'parts': rows,
         'environment': {'torch': torch.__version__, 'processor': torch.cuda.get_device_name()}})
