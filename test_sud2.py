@@ -572,6 +572,35 @@ def test_cyclegan_has_the_original_sizes_and_fits_small_images():
         assert cyclegan.discriminator(3, 64, layers)(x).shape[-1] == size // 4 - 2
 
 
+def test_cyclegan_blocks_by_hand():
+    """A residual block of convolutions that copy; the patch that one verdict of D depends on."""
+    block, h = cyclegan.Residual(4), torch.randn(2, 4, 6, 6)
+    for conv in (block.body[0], block.body[3]):
+        torch.nn.init.dirac_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
+
+    def standard(v):
+        return (v - v.mean((2, 3), True)) / v.std((2, 3), keepdim=True, correction=0)
+    assert_close(block(h), h + standard(standard(h).clamp(min=0)), atol=1e-3, rtol=1e-3)
+    for layers, patch in ((3, 70), (2, 34)):
+        net, x = cyclegan.discriminator(1, 4, layers), torch.rand(1, 1, 128, 128).requires_grad_()
+        for k, layer in enumerate(net):
+            net[k] = torch.nn.Identity() if isinstance(layer, torch.nn.InstanceNorm2d) else layer
+        verdict = net(x)
+        verdict[0, 0, verdict.shape[2] // 2, verdict.shape[3] // 2].backward()
+        assert [side.sum().item() for side in ((x.grad[0, 0] != 0).any(d) for d in (0, 1))] == [
+            patch, patch]
+    opt_G, opt_D = cyclegan.optimisers(SimpleNamespace(
+        generators=block.parameters, discriminators=net.parameters, parameters=net.parameters))
+    for opt, ours in ((opt_G, block), (opt_D, net)):
+        group, = opt.param_groups
+        assert group['lr'] == 2e-4 and group['betas'] == (0.5, 0.999)
+        assert group['params'] == list(ours.parameters())
+    weights = torch.cat([m.weight.flatten() for m in cyclegan.CycleGAN(3, 32, 2, 2).modules()
+                         if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))])
+    assert_close(weights.std(), torch.tensor(0.02), atol=1e-4, rtol=0)
+
+
 def test_cyclegan_losses_by_hand():
     """Generators that add a constant and verdicts that are one: every term is known."""
     gan = SimpleNamespace(to_x=lambda y: y + 0.5, to_y=lambda x: x - 0.25,
@@ -1245,6 +1274,34 @@ def test_time_embedding_and_groups_by_hand():
     assert [unet.groups(n, 16) for n in (8, 24, 32, 40, 48, 64)] == [1, 1, 2, 2, 3, 4]
 
 
+def test_unet_block_by_hand():
+    """Both convolutions and the scale of time known: what enters the last SiLU is, too."""
+    block, h = unet.Block(32, time_dim=4), torch.randn(2, 32, 4, 4)
+    assert block.norm1.num_groups == 2 and torch.equal(block(h, torch.zeros(2, 4)), h)
+    for p in (block.conv1.weight, block.conv1.bias, block.film.weight, block.film.bias):
+        torch.nn.init.zeros_(p)                             # norm2 of a constant is its bias
+    torch.nn.init.constant_(block.norm2.bias, 0.7)
+    torch.nn.init.dirac_(block.conv2.weight)
+    block.film.weight.data[:32, 0], block.film.weight.data[32:, 1] = 0.2, -0.3
+    r = 0.7 * torch.tensor([1.2, 0.6]) - torch.tensor([0.3, 0.9])
+    expected = h + (r / (1 + torch.exp(-r))).view(2, 1, 1, 1)
+    assert_close(block(h, torch.tensor([[1., 1, 0, 0], [-2, 3, 0, 0]])), expected)
+
+
+def test_unet_attention_by_hand():
+    """Without queries every position looks at all alike: the mean of the values."""
+    attention, h = unet.Attention(128), 3 * torch.randn(2, 128, 3, 2) + 1
+    assert attention.heads == 4 and torch.equal(attention(h), h)
+    torch.nn.init.zeros_(attention.qkv.weight)
+    torch.nn.init.zeros_(attention.qkv.bias)
+    attention.qkv.weight.data[256:] = 2 * torch.eye(128)[:, :, None, None]
+    attention.out.weight.data = torch.eye(128)[:, :, None, None]
+    like = h.view(2, 8, 16 * 6)                             # groups of 16 channels
+    like = (like - like.mean(2, keepdim=True)) / like.std(2, keepdim=True, correction=0)
+    mean = like.view(2, 128, 6).mean(2)[:, :, None, None]
+    assert_close(attention(h), h + 2 * mean, atol=1e-4, rtol=1e-4)
+
+
 def test_unet_starts_without_a_grid():
     net = UNet(3, 3, 16, (1, 2, 2), patch=2)
     h = torch.randn(2, 32, 4, 4)
@@ -1272,13 +1329,13 @@ def test_unet_residual_takes_a_share_of_the_change():
 
 
 def test_unet_uses_time_and_every_weight():
-    net = UNet(3, 3, 16, time=True)
-    for p in net.parameters():
+    nets, x = [UNet(3, 3, 16, time=time) for time in (True, False)], torch.randn(2, 3, 16, 16)
+    for p in (p for net in nets for p in net.parameters()):
         torch.nn.init.normal_(p, std=0.1)
-    x = torch.randn(2, 3, 16, 16)
-    assert not torch.allclose(net(x, torch.tensor([0, 0])), net(x, torch.tensor([0, 900])))
-    net(x, torch.tensor([3, 4])).square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    out, other = (nets[0](x, torch.tensor([0, t])) for t in (0, 900))
+    assert not torch.allclose(out, other)
+    (out.square().sum() + nets[1](x).square().sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for net in nets for p in net.parameters())
 
 
 def test_muon_steps_along_all_singular_vectors_alike():
