@@ -1257,7 +1257,7 @@ def flags_of_the_method(p):
     g.add_argument('--denoiser-steps', type=count, default=1500, help='training steps of D_σ')
     g.add_argument('--prior-batch', type=count, default=32, help='their batch')
     g.add_argument('--prior-lr', type=real, default=6e-3, help='their learning rate')
-    g.add_argument('--gan-steps', type=count, default=1000, help='training steps of CycleGAN')
+    g.add_argument('--gan-steps', type=count, default=5000, help='training steps of CycleGAN')
     g.add_argument('--gan-batch', type=count, default=8, help='its batch')
     g.add_argument('--width', type=count, default=64,
                    help='channels of the networks, a multiple of 16')
