@@ -51,17 +51,17 @@ class Generator(nn.Module):
         super().__init__()
         w = width
 
-        def layer(conv, out):
-            return [conv, nn.InstanceNorm2d(out), nn.ReLU(True)]
+        def layer(conv):
+            return [conv, nn.InstanceNorm2d(conv.out_channels), nn.ReLU(True)]
         self.encoder = nn.Sequential(
-            *layer(nn.Conv2d(channels, w, 7, padding=3, padding_mode='reflect'), w),
-            *layer(nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), 2 * w),
-            *layer(nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1), 4 * w),
+            *layer(nn.Conv2d(channels, w, 7, padding=3, padding_mode='reflect')),
+            *layer(nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)),
+            *layer(nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)),
             *[Residual(4 * w) for _ in range(blocks)])
         up = dict(stride=2, padding=1, output_padding=1)
         self.decoder = nn.Sequential(
-            *layer(nn.ConvTranspose2d(4 * w, 2 * w, 3, **up), 2 * w),
-            *layer(nn.ConvTranspose2d(2 * w, w, 3, **up), w),
+            *layer(nn.ConvTranspose2d(4 * w, 2 * w, 3, **up)),
+            *layer(nn.ConvTranspose2d(2 * w, w, 3, **up)),
             nn.Conv2d(w, channels, 7, padding=3, padding_mode='reflect'), nn.Tanh())
 
     def forward(self, x, latent=False):

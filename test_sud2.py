@@ -561,9 +561,9 @@ def test_cyclegan_has_the_original_sizes_and_fits_small_images():
     def count(net):
         return sum(p.numel() for p in net.parameters())
 
-    width, blocks, layers = cyclegan.sizes(256)
-    assert count(cyclegan.Generator(3, width, blocks)) == 11_378_179
-    assert count(cyclegan.discriminator(3, 64, layers)) == 2_764_737
+    assert count(cyclegan.Generator()) == 11_378_179 and cyclegan.Generator.factor == 4
+    assert count(cyclegan.discriminator()) == 2_764_737
+    assert [cyclegan.sizes(n) for n in (64, 128, 256)] == [(32, 4, 2), (64, 6, 3), (64, 9, 3)]
     for size in (32, 64):
         width, blocks, layers = cyclegan.sizes(size)
         x = torch.zeros(1, 3, size, size)
@@ -1259,12 +1259,24 @@ def test_unet_shapes_and_errors():
         assert out.shape == (2, 5, *size)
         assert z.shape == (2, channels * mults[-1], size[0] // net.factor, size[1] // net.factor)
         assert torch.equal(net.encode(x, t)[0], z)
-    with pytest.raises(ValueError, match='divide by 8'):
+    with pytest.raises(ValueError, match='divide by 8, got 20 x 64'):
         net(torch.zeros(1, 3, 20, 64), t)
     with pytest.raises(ValueError, match='t '):
         net(x)
     with pytest.raises(ValueError, match='t '):
         UNet(3, 3, 16)(torch.zeros(1, 3, 16, 16), t)
+
+
+@pytest.mark.parametrize('size, expected', [
+    (32, [2_053_744, 1_823_060, 527_530]), (64, [2_858_352, 2_759_252, 729_130])])
+def test_the_networks_have_the_sizes_that_are_told(size, expected):
+    """f, the DDPM's and g: every level, width and embedding counts. The coarsest maps are 4 x 4."""
+    run = sud2.Setup(sud2.parse(['--device', 'cpu', '--size', str(size)]))
+    nets = [run.net(0, **kind) for kind in ({'residual': True}, {'time': True},
+                                            {'images': 2, 'shrink': 2})]
+    assert [sum(p.numel() for p in net.parameters()) for net in nets] == expected
+    assert [size // net.factor for net in nets] == [4, 4, 4]
+    assert sum(p.numel() for p in UNet(3, 3, time=True).parameters()) == 1_823_060
 
 
 def test_time_embedding_and_groups_by_hand():
@@ -1310,6 +1322,19 @@ def test_unet_starts_without_a_grid():
         assert_close(u, u[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
+def test_unet_adds_its_skips():
+    """Where nothing comes up from the coarser levels it is the network without them."""
+    net, small = UNet(3, 3, 16, (1, 2, 2)), UNet(3, 3, 16, (1,))
+    for p in (net.head.weight, net.encoder[0].conv2.weight, net.decoder[0].conv2.weight):
+        torch.nn.init.normal_(p, std=0.1)
+    torch.nn.init.zeros_(net.up[0].weight)
+    torch.nn.init.zeros_(net.up[0].bias)
+    small.load_state_dict({k: v for k, v in net.state_dict().items() if k in small.state_dict()
+                           and not k.startswith(('middle', 'attention'))}, strict=False)
+    x = torch.randn(2, 3, 16, 16)
+    assert_close(net(x), small(x))
+
+
 def test_unet_residual_starts_as_the_identity_and_takes_bf16():
     net, x = UNet(3, 3, 16, residual=True), torch.randn(2, 3, 16, 16)
     assert torch.equal(net(x), x) and torch.equal(UNet(3, 3, 16)(x), 0 * x)
@@ -1348,6 +1373,10 @@ def test_muon_steps_along_all_singular_vectors_alike():
         values = x.diagonal(dim1=1, dim2=2)
         assert_close(x, torch.diag_embed(values), atol=1e-4, rtol=0)
         assert values.min() > .65 and values.max() < 1.25
+        s = s / s.norm(dim=1, keepdim=True)
+        for _ in range(5):                              # of each value by itself
+            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        assert_close(values, s, atol=1e-3, rtol=0)
     net = UNet(3, 3, 16, (1, 2, 2))
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     twin = [torch.nn.Parameter(p.clone()) for p in before.values()]
