@@ -77,7 +77,7 @@ def discriminator(channels=3, width=64, layers=3):
     """
     net = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(.2, True)]
     for i in range(1, layers + 1):
-        a, b = width * min(2 ** (i - 1), 8), width * min(2 ** i, 8)
+        a, b = width * 2 ** (i - 1), width * 2 ** i
         net += [nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=1),
                 nn.InstanceNorm2d(b), nn.LeakyReLU(.2, True)]
     return nn.Sequential(*net, nn.Conv2d(b, 1, 4, padding=1))
