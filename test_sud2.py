@@ -1120,6 +1120,9 @@ def test_learning_rate_and_batches():
     both = sud2.batch_of(u, torch.tensor([0, 0]), torch.tensor([False, True]))
     assert_close(both[0, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
     assert_close(both[1], both[0].flip(-1))
+    index, flip = sud2.draw_batch(torch.Generator().manual_seed(0), 7, 10000)
+    assert_close(index.bincount() / 10000, torch.full((7,), 1 / 7), atol=.02, rtol=0)
+    assert flip.float().mean().item() == pytest.approx(.5, abs=.02)
 
 
 def test_times_are_uniform_for_d_f_and_log_normal_for_the_prior(tmp_path, monkeypatch):
