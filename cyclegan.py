@@ -111,7 +111,8 @@ def pooled(pool, images, generator, size=50):
     images, device = images.detach().float(), generator.device if generator else 'cpu'
     if not pool:
         pool += [images.new_zeros(size, *images.shape[1:]), torch.zeros(1, dtype=torch.long)]
-    pool[:] = former, count = [part.to(images.device) for part in pool]
+    pool[:] = [part.to(images.device) for part in pool]     # a checkpoint's are on the processor
+    former, count = pool
     draws = (torch.rand(len(images), generator=generator, device=device) < .5,
              torch.randint(size, (len(images),), generator=generator, device=device))
     out = []
