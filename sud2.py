@@ -431,7 +431,7 @@ def train_cyclegan(run, seed, split, score):
     draws, _, _ = generators(100 * seed, run.device)
 
     def schedule(step):
-        return {'lr': 2e-4 * cyclegan.linear_decay(step, a.gan_steps)}
+        return {'lr': opt_G.defaults['lr'] * cyclegan.linear_decay(step, a.gan_steps)}
 
     def update(lr):
         y, x = (batch_of(u, *map(Group.own, draw_batch(draws, len(u), a.gan_batch)))

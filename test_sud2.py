@@ -540,6 +540,23 @@ def test_lpips_and_fid_columns(tmp_path):
     assert '| FID-3 ↓ |' in (tmp_path / 'run/table.md').read_text()
 
 
+def test_lpips_weights_are_downloaded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, hash_prefix, progress):
+        asked.append(url.rsplit('/', 1)[1])
+        assert not path.write_bytes(b'') and len(hash_prefix) == 64
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    paths = sud2.download_lpips()
+    assert paths == sud2.download_lpips() and all(path.exists() for path in paths)
+    assert asked == ['alexnet-owt-7be5be79.pth', 'alex.pth']
+    paths[1].unlink()
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *_, **__: tmp_path.read_bytes())
+    with pytest.raises(ValueError, match='--lpips-weights download: https://.*alex.pth: '):
+        sud2.download_lpips()
+
+
 # --------------------------------------------------------- the paper's other methods
 def test_temporal_ensemble_is_the_bias_corrected_average():
     ensemble, index = sud2.Ensemble(3, (1, 2, 2), 'cpu'), torch.tensor([2, 0])
@@ -706,6 +723,14 @@ def test_dehaze_runs_in_grey_and_has_no_hole(tmp_path):
     assert s['psnr'] > 0 and s['psnr_hole'] is None and s['psnr_visible'] is None
     assert weights(tmp_path / 'sud2-s0.pt')['head.weight'].shape[0] == 2   # and a share
     assert 'in the hole' not in (tmp_path / 'table.md').read_text()
+    colour, grey = (sud2.load_split(tiny(tmp_path, '--task', 'dehaze', '--channels', c), 0)
+                    for c in '31')
+    for x, y in (('test_x', 'test_y'), ('pairs_x', 'pairs_y'), ('measurements_x', 'measurements')):
+        x, y = (getattr(colour, side).float().std((2, 3)).mean() for side in (x, y))
+        assert y < x, 'haze takes contrast'
+    for u, v in zip(colour.images, grey.images):
+        pillow = np.array(Image.fromarray(u.permute(1, 2, 0).numpy()).convert('L'))
+        assert_close(v[0].int(), torch.from_numpy(pillow).int(), atol=1, rtol=0)
 
 
 @pytest.mark.parametrize('layout', ['O-HAZE', 'SOTS indoor', 'SOTS outdoor'])
@@ -735,6 +760,8 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
     x = torch.arange(40 * 50).view(1, 40, 50).remainder(251).byte().expand(3, -1, -1)
     a, b = data.crops([(x, 255 - x)] * 3, 16, np.random.default_rng(0))
     assert a.shape == (18, 3, 16, 16) and torch.equal(a, 255 - b)
+    (tall,) = data.crops([(x[:, :17, :16],)] * 50, 16, np.random.default_rng(0))
+    assert set(tall[:, 0, 0, 0].tolist()) == {0, 50}, 'at the top, and a row of 50 lower'
     picture(tmp_path / 'x.png', (40, 30))
     with Image.open(tmp_path / 'x.png') as image:
         image.crop((2, 1, 38, 29)).save(tmp_path / 'y.png')
@@ -787,6 +814,8 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     for name, size in sizes.items():
         with Image.open(out / name) as image:
             assert image.size == size
+            before = np.asarray(data.open_image(inputs / name, 'RGB'), float)
+            assert abs(np.asarray(image.convert('RGB')) - before).mean() < 15, 'f is nearly y yet'
     for name in ('deep/a b é.png', 'palette.png'):
         alphas = [Image.open(d / name).convert('RGBA').getchannel('A') for d in (inputs, out)]
         assert alphas[0].tobytes() == alphas[1].tobytes() and alphas[0].getextrema() != (255, 255)
@@ -837,8 +866,8 @@ def broken_folders(folders, case):
 
 @pytest.mark.parametrize('case, message', [
     ('sizes', 'paired/y/0.png: 64 x 64'), ('no y', 'paired/x/1.png: has no partner'),
-    ('broken', 'm2.png: not a readable image'), ('mixed', 'c1.jpg: grey'),
-    ('small', 'm0.png: 1 x 1 is less'), ('huge', 'c9.png: .*400000000 pixels'),
+    ('broken', 'm2.png: not a readable image'), ('small', 'm0.png: 1 x 1 is less'),
+    ('mixed', 'c1.jpg: grey, but --channels 3 needs colour images'), ('huge', 'c9.png: .*400000000 pixels'),
     ('none', 'paired/x: no such folder')])
 def test_custom_folders_name_what_is_wrong(folders, tmp_path, case, message):
     broken_folders(folders, case)
@@ -1026,8 +1055,8 @@ def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, met
     """On a GPU: f, or CycleGAN's y -> x, goes the same way, up to rounding. Of which a GAN makes
     much, so that all use the same kernels each time, and a learning rate in 32 bits."""
     def launched(update, parts, device):
-        return lambda **values: update(**{k: v if isinstance(v, bool) else torch.tensor(v).to(device)
-                                          for k, v in values.items()})
+        return lambda **values: update(**{
+            k: v if isinstance(v, bool) else torch.tensor(v).to(device) for k, v in values.items()})
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True, warn_only=True)
     flags = ['--device', 'cuda', '--method', method, '--updates', '14', '--warmup', '5',
@@ -1154,11 +1183,40 @@ def test_held_out_loss_is_0_for_who_knows_the_image_and_1_for_who_says_nothing(t
     assert sud2.held_out_loss(run, lambda x_t, t: 0 * x_t, u) == pytest.approx(1, abs=.02)
 
 
+def test_scores_by_hand(tmp_path):
+    """Of measurements left as they are, on images of one size and of several."""
+    run = sud2.Setup(tiny(tmp_path))
+    split, prior = sud2.load_split(run.a, 0), run.net(0, time=True)
+
+    def f(y, latent=False):
+        return (y, y) if latent else y
+    f.factor = 1
+    s = sud2.scorer(run, split, prior)(f)
+    x, y = (u.numpy().astype(float) / 127.5 - 1 for u in (split.test_x, split.test_y))
+    hole = np.broadcast_to(split.test_hole.numpy(), x.shape)
+    for key, where in (('psnr', hole | ~hole), ('psnr_hole', hole), ('psnr_visible', ~hole)):
+        errors = [((u - v)[w] ** 2).mean() for u, v, w in zip(x, y, where)]
+        values = [10 * math.log10(4 / e) if e else math.inf for e in errors]
+        assert s[key] == pytest.approx(sum(values) / len(values), rel=1e-5), key
+    t = torch.full((len(y),), 50)
+    features = [prior.encode(data.to_float(u), t)[0].mean((2, 3)).detach() for u in
+                (split.test_y, split.test_x)]
+    assert s['fd_prior'] == pytest.approx(metrics.frechet_distance(*features), rel=1e-3)
+    assert s['corr_latent'] == s['corr_output'] == pytest.approx(
+        np.corrcoef(y.reshape(len(y), -1))[~np.eye(len(y), dtype=bool)].mean(), abs=1e-5)
+    split.test_x, split.test_y, split.test_hole = list(split.test_x), list(split.test_y), None
+    several = sud2.scorer(run, split, prior)(f)
+    assert several['psnr'] == pytest.approx(s['psnr']) and several['psnr_hole'] is None
+    assert several['ssim'] == pytest.approx(s['ssim'])
+
+
 def test_gap_closed_is_measured_from_the_best_supervised_value():
     methods = {'supervised': {'0': {'psnr': 18.0, 'best_psnr': 20.0}},
                'sud2': {'0': {'psnr': 21.0}}, 'oracle': {'0': {'psnr': 24.0}}}
     sud2.gap_closed(methods)
     assert methods['sud2']['0']['gap'] == 0.25 and methods['oracle']['0']['gap'] == 1
+    methods['sud2']['1'] = {'psnr': 23.0}
+    assert '| sud2 | 22.00 ± 1.41 | – | 25% |' in sud2.table(methods)
 
 
 # --------------------------------------------------------- metrics
@@ -1481,40 +1539,58 @@ def test_bytes_and_floats():
     assert data.to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
+def test_pictures_are_read_upright_in_8_bits_and_centred(tmp_path):
+    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / '16.png')
+    assert np.array(data.open_image(tmp_path / '16.png')).tolist() == [[0, 1, 255]]
+    for shape in ((4, 10), (10, 4)):
+        wide = np.zeros((*shape, 3), np.uint8)
+        i, j = ((n - 4) // 2 for n in shape)
+        wide[i:i + 4, j:j + 4] = np.arange(48).reshape(4, 4, 3)
+        Image.fromarray(wide).save(tmp_path / 'wide.png')
+        square = np.arange(48).reshape(2, 2, 2, 2, 3).mean((1, 3))
+        assert abs(data.read_square(tmp_path / 'wide.png', 2) - square).max() <= .5
+
+
 @pytest.fixture
 def celeba(tmp_path):
-    """Ten flat images in CelebAMask-HQ's layout, the i-th of grey 20 i; left half skin, a nose."""
+    """Ten flat images in CelebAMask-HQ's layout, the k-th of grey 20 k; left half skin, a nose."""
     root = tmp_path / 'CelebA'
     (root / 'CelebA-HQ-img').mkdir(parents=True)
-    (root / 'CelebAMask-HQ-mask-anno' / '0').mkdir(parents=True)
-    for i in range(10):
-        Image.new('RGB', (64, 64), (20 * i,) * 3).save(root / 'CelebA-HQ-img' / f'{i}.jpg')
+    for k, i in enumerate([*range(9), 2000]):           # two thousand masks a folder
+        masks = root / 'CelebAMask-HQ-mask-anno' / str(i // 2000)
+        masks.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 64), (20 * k,) * 3).save(root / 'CelebA-HQ-img' / f'{i}.jpg')
         skin = np.zeros((32, 32), np.uint8)
         skin[:, :16] = 255
         nose = np.zeros((32, 32), np.uint8)
         nose[:, 24:] = 255
-        Image.fromarray(skin).save(root / f'CelebAMask-HQ-mask-anno/0/{i:05d}_skin.png')
+        Image.fromarray(skin).save(masks / f'{i:05d}_skin.png')
         if i != 3:
-            Image.fromarray(nose).save(root / f'CelebAMask-HQ-mask-anno/0/{i:05d}_nose.png')
-        Image.fromarray(skin.T.copy()).save(root / f'CelebAMask-HQ-mask-anno/0/{i:05d}_hair.png')
+            Image.fromarray(nose).save(masks / f'{i:05d}_nose.png')
+        Image.fromarray(skin.T.copy()).save(masks / f'{i:05d}_hair.png')
     return root
 
 
-def test_celeba_layout(celeba):
-    s = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0,
-                            validation=1)
+def test_celeba_layout(celeba, tmp_path):
+    sizes = dict(size=16, pairs=2, measurements=3, test=3, seed=0)
+    s = data.celeba_mask_hq(celeba, clean=1, validation=1, **sizes)
     greys = torch.cat([s.pairs_x, s.measurements_x, s.images, s.test_x])[:, 0, 0, 0]
     assert len(greys.unique()) == 2 + 3 + 1 + 1, 'no image may stand on two sides'
-    tested = data.celeba_mask_hq(celeba, 16, pairs=2, measurements=3, clean=1, test=3, seed=0)
+    more = picture(tmp_path / 'more' / '1.png', seed=1)
+    tested = data.celeba_mask_hq(celeba, clean=2, images=tmp_path / 'more', **sizes)
     assert not set(tested.test_x[:, 0, 0, 0].tolist()) & set(greys.tolist())
+    assert len(tested.images) == 2
+    assert (tested.images[1].permute(1, 2, 0).numpy() == data.read_square(more, 16)).all()
     assert s.measurements.shape == (3, 3, 16, 16)
-    for x, y in zip(s.measurements_x, s.measurements):
+    for x, y in zip(torch.cat([s.pairs_x, s.measurements_x, s.test_x, tested.test_x]),
+                    torch.cat([s.pairs_y, s.measurements, s.test_y, tested.test_y])):
         assert (y[:, :, :8] == 128).all(), 'the skin is hidden'
         assert torch.equal(y[:, :, 8:12], x[:, :, 8:12]), 'hair and the rest are not'
         assert (y[:, :, 12:] == (x[:, :, 12:] if abs(int(x[0, 0, 0]) - 60) < 3 else 128)).all()
 
 
-def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, monkeypatch):
+def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, monkeypatch,
+                                                                     capsys):
     files = [picture(tmp_path / f'{k}.png', seed=k) for k in range(5)]
     plain, cache = data.read_squares(files, 16), tmp_path / 'cache'
     assert torch.equal(data.read_squares(files, 16, cache), plain)
@@ -1529,6 +1605,11 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
     with monkeypatch.context() as m, pytest.raises(ValueError, match='cache: no room for 0 MiB'):
         m.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=5 * 3 * 16 * 16 - 1))
         data.read_squares(files, 16, tmp_path / 'cache' / 'cache')
+    with monkeypatch.context() as m:
+        m.setattr(time, 'monotonic', iter(range(0, 1000, 6)).__next__)
+        data.read_squares(files, 16)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith('1 of 5 images decoded, ') and len(said) == 4, 'not of the last'
     files[1].write_bytes(b'broken')
     with pytest.raises(ValueError, match='1.png: not a readable image'):
         data.read_squares(files, 16, cache)
