@@ -867,8 +867,8 @@ def broken_folders(folders, case):
 @pytest.mark.parametrize('case, message', [
     ('sizes', 'paired/y/0.png: 64 x 64'), ('no y', 'paired/x/1.png: has no partner'),
     ('broken', 'm2.png: not a readable image'), ('small', 'm0.png: 1 x 1 is less'),
-    ('mixed', 'c1.jpg: grey, but --channels 3 needs colour images'), ('huge', 'c9.png: .*400000000 pixels'),
-    ('none', 'paired/x: no such folder')])
+    ('mixed', 'c1.jpg: grey, but --channels 3 needs colour images'),
+    ('huge', 'c9.png: .*400000000 pixels'), ('none', 'paired/x: no such folder')])
 def test_custom_folders_name_what_is_wrong(folders, tmp_path, case, message):
     broken_folders(folders, case)
     with pytest.raises(ValueError, match=message):
