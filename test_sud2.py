@@ -686,6 +686,12 @@ def picture(path, size=(24, 20), seed=0, mode='RGB', **how):
     return path
 
 
+def flat(path, colour, size=(24, 20)):
+    """Writes a picture of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, colour).save(path)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A user's own data: two pairs, measurements, clean images, two whole test images."""
@@ -739,21 +745,43 @@ def test_haze_folders_are_split_by_scene(tmp_path, layout):
              'SOTS indoor': ('indoor/hazy/{}_{}.png', 'indoor/gt/{}.png', 3),
              'SOTS outdoor': ('outdoor/hazy/{:04d}_0.8_0.{}.jpg', 'outdoor/clear/{:04d}.png', 2)}
     hazy, clear, views = names[layout]
-    for k in range(1, 9):
-        picture(tmp_path / clear.format(k), (44 + k, 36), seed=k)
+    for k in range(1, 9):                               # red tells the scene, green haze
+        flat(tmp_path / clear.format(k), (20 * k, 0, 0), (44 + k, 36))
         for v in range(views):                      # the ground truth may have a border more
-            picture(tmp_path / hazy.format(k, v + 1), (42 + k, 34), seed=k)
-    split = data.haze_folders(tmp_path, 16, 2, 2, 2, 2, seed=0)
+            flat(tmp_path / hazy.format(k, v + 1), (20 * k, 200, 0), (42 + k, 34))
+    flat(tmp_path / 'more' / '1.png', (240, 0, 0))
+    sizes = dict(size=16, pairs=2, measurements=2, clean=2, test=2)
+    split = data.haze_folders(tmp_path, **sizes, seed=0, images=tmp_path / 'more')
     assert [x.shape for x in split.test_x] == [y.shape for y in split.test_y]
     assert len(split.test_x) == 2 and len(split.pairs_x) == 8
     assert split.images.shape[1:] == (3, 16, 16)
-    sizes = dict(size=16, pairs=2, measurements=2, clean=2, test=2)
-    tests = [y.shape for y in data.haze_folders(tmp_path, **sizes, seed=1).test_y]
-    assert tests == [y.shape for y in split.test_y], 'the test scenes are the same for every seed'
+    for clean, hazy in ((split.pairs_x, split.pairs_y), (split.images, split.measurements),
+                        (split.measurements_x, split.measurements), (split.test_x, split.test_y)):
+        assert max(u[1].max() for u in clean) < 50 and min(u[1].min() for u in hazy) > 150
+    scenes = [[round(u[0].float().mean().item() / 20) for u in part] for part in (
+        split.pairs_y, split.pairs_x, split.measurements, split.measurements_x, split.images,
+        split.test_y, split.test_x)]
+    assert scenes[0] == scenes[1] and scenes[2] == scenes[3] and scenes[5] == scenes[6]
+    sides = [set(scenes[i]) for i in (0, 2, 4, 5)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) and len(sides[0]) == 2
+    assert 12 in sides[2] and len(sides[2]) == 2
+    tests = data.haze_folders(tmp_path, **sizes, seed=1).test_y
+    assert all(map(torch.equal, tests, split.test_y)), 'the same for every seed'
     with pytest.raises(ValueError, match='8 scenes are too few'):
         data.haze_folders(tmp_path, 16, 5, 9, 9, 9, seed=0)
     with pytest.raises(ValueError, match='no folder hazy'):
         data.haze_folders(tmp_path / 'nothing', 16, 1, 1, 1, 1, seed=0)
+
+
+def test_own_folders_go_where_their_names_say(tmp_path):
+    parts = 'paired/x', 'paired/y', 'measurements', 'images', 'test/x', 'test/y'
+    for k, part in enumerate(parts):
+        flat(tmp_path / part / 'a.png', (30 * k, 30 * k, 30 * k))
+    flat(tmp_path / 'more' / 'a.png', (240, 240, 240))
+    split = data.custom_folders(tmp_path, 16, 1, 1, 2, 1, seed=0, images=tmp_path / 'more')
+    assert [sorted({u.max().item() for u in part}) for part in (
+        split.pairs_x, split.pairs_y, split.measurements, split.images, split.test_x, split.test_y)
+            ] == [[0], [30], [60], [90, 240], [120], [150]]
 
 
 def test_crops_and_pairs_stay_aligned(tmp_path):
