@@ -1133,9 +1133,9 @@ QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'de
 
 
 class Positive:
-    """argparse type: a number of the given kind above (or, with zero=True, not below) zero."""
+    """argparse type: a number of the given kind above or, with zero true, not below zero."""
 
-    def __init__(self, kind, zero=False):
+    def __init__(self, kind, zero):
         self.kind, self.zero = kind, zero
 
     def __call__(self, text):
