@@ -498,8 +498,7 @@ def whole(run, f, y, tile=512, overlap=64):
             padded = torch.nn.functional.pad(part, (0, pad[0], 0, pad[1]), mode='replicate')
             with torch.no_grad(), run.amp():
                 x_hat = f(padded.to(run.device))[:, :, :h, :w].float().cpu()
-            rows, cols = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)).clamp(max=overlap)
-                          for n in (h, w))
+            rows, cols = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)) for n in (h, w))
             fade = (rows[:, None] * cols).float()
             total[:, :, i:i + tile, j:j + tile] += fade * x_hat
             weight[:, :, i:i + tile, j:j + tile] += fade

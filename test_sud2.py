@@ -528,8 +528,8 @@ def test_lpips_and_fid_columns(tmp_path):
                 for k, c in enumerate((64, 192, 384, 256, 256))}, tmp_path / 'alex.pth')
 
     class Features(torch.nn.Module):
-        def forward(self, u):
-            return u.float().mean((2, 3))
+        def forward(self, u, return_features: bool = False):
+            return u.float().mean((2, 3)) if return_features else u.float()
 
     torch.jit.script(Features()).save(tmp_path / 'inception.pt')
     sud2.main(tiny(tmp_path / 'run', '--method', 'supervised', '--size', '32', '--lpips-weights',
@@ -1218,7 +1218,10 @@ def test_scores_by_hand(tmp_path):
 
     def f(y, latent=False):
         return (y, y) if latent else y
-    f.factor = 1
+
+    def loud(y, latent=False):
+        return (9 * y, y) if latent else 9 * y
+    f.factor = loud.factor = 1
     s = sud2.scorer(run, split, prior)(f)
     x, y = (u.numpy().astype(float) / 127.5 - 1 for u in (split.test_x, split.test_y))
     hole = np.broadcast_to(split.test_hole.numpy(), x.shape)
@@ -1232,6 +1235,8 @@ def test_scores_by_hand(tmp_path):
     assert s['fd_prior'] == pytest.approx(metrics.frechet_distance(*features), rel=1e-3)
     assert s['corr_latent'] == s['corr_output'] == pytest.approx(
         np.corrcoef(y.reshape(len(y), -1))[~np.eye(len(y), dtype=bool)].mean(), abs=1e-5)
+    for images in (split.test_y, list(split.test_y)):
+        assert max(u.abs().max() for u in sud2.reconstruct(run, loud, images)[0]) == 1
     split.test_x, split.test_y, split.test_hole = list(split.test_x), list(split.test_y), None
     several = sud2.scorer(run, split, prior)(f)
     assert several['psnr'] == pytest.approx(s['psnr']) and several['psnr_hole'] is None
