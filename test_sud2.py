@@ -1654,7 +1654,7 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
         m.setattr(time, 'monotonic', iter(range(0, 1000, 6)).__next__)
         data.read_squares(files, 16)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith('1 of 5 images decoded, ') and len(said) == 4, 'not of the last'
+    assert said[0] == '1 of 5 images decoded, 48 s left' and len(said) == 4, 'not of the last'
     files[1].write_bytes(b'broken')
     with pytest.raises(ValueError, match='1.png: not a readable image'):
         data.read_squares(files, 16, cache)
