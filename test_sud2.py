@@ -483,24 +483,25 @@ def test_paired_loss_and_total():
     assert_close(sud2.total_loss(1.0, 10.0, 100.0, 0.1, 0.01), 3.0)
 
 
-def alexnet():
-    """AlexNet's features by torch's own layers, random weights -> (net, file-like state dict)."""
+def lpips_files(folder):
+    """Writes random weights as LPIPS' two files -> AlexNet's features by torch's own layers, the
+    linear layers, the files."""
     torch.manual_seed(0)
     conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
     net = torch.nn.Sequential(
         conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, 1, 2), relu(), pool(3, 2),
         conv(192, 384, 3, 1, 1), relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1),
         relu())
-    return net, {f'features.{k}': v for k, v in net.state_dict().items()}
+    lin = {f'lin{k}.model.1.weight': torch.rand(1, c, 1, 1)
+           for k, c in enumerate((64, 192, 384, 256, 256))}
+    files = folder / 'alexnet.pth', folder / 'alex.pth'
+    torch.save({f'features.{k}': v for k, v in net.state_dict().items()}, files[0])
+    torch.save(lin, files[1])
+    return net, lin, files
 
 
 def test_lpips_equals_a_walk_through_the_layers(tmp_path):
-    net, state = alexnet()
-    lin = {f'lin{k}.model.1.weight': torch.rand(1, c, 1, 1)
-           for k, c in enumerate((64, 192, 384, 256, 256))}
-    torch.save(state, tmp_path / 'alexnet.pth')
-    torch.save(lin, tmp_path / 'alex.pth')
-    files = tmp_path / 'alexnet.pth', tmp_path / 'alex.pth'
+    net, lin, files = lpips_files(tmp_path)
     a, b = 2 * torch.rand(2, 3, 3, 40, 48) - 1
     expected, k = torch.zeros(3), 0
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
@@ -523,9 +524,7 @@ def test_lpips_equals_a_walk_through_the_layers(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*')
 def test_lpips_and_fid_columns(tmp_path):
     """Weights that a user names fill the columns; FID says how many features it stands on."""
-    torch.save(alexnet()[1], tmp_path / 'alexnet.pth')
-    torch.save({f'lin{k}.model.1.weight': torch.rand(1, c, 1, 1)
-                for k, c in enumerate((64, 192, 384, 256, 256))}, tmp_path / 'alex.pth')
+    _, _, files = lpips_files(tmp_path)
 
     class Features(torch.nn.Module):
         def forward(self, u, return_features: bool = False):
@@ -533,8 +532,7 @@ def test_lpips_and_fid_columns(tmp_path):
 
     torch.jit.script(Features()).save(tmp_path / 'inception.pt')
     sud2.main(tiny(tmp_path / 'run', '--method', 'supervised', '--size', '32', '--lpips-weights',
-                   str(tmp_path / 'alexnet.pth'), str(tmp_path / 'alex.pth'),
-                   '--fid-weights', str(tmp_path / 'inception.pt')))
+                   *map(str, files), '--fid-weights', str(tmp_path / 'inception.pt')))
     s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['supervised']['0']
     assert s['lpips'] > 0 and s['fid'] > 0 and s['fid_features'] == 3
     assert '| FID-3 ↓ |' in (tmp_path / 'run/table.md').read_text()
