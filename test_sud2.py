@@ -1141,6 +1141,10 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
     assert [(line[1], *line[-4:-2]) for line in said] == [
         ('3/12', '0.5/s', '18'), ('6/12', '0.4/s', '14'), ('9/12', '0.5/s', '7'),
         ('11/12', '0.4/s', '2'), ('12/12', '0.4/s', '0')]
+    torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, tmp_path / 'part.pt')
+    monkeypatch.setattr(time, 'monotonic', iter(range(0, 100, 2)).__next__)
+    sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})
+    assert saved[-1] == (12, 106) and '0.5/s' in capsys.readouterr().out, 'it goes on at the 10th'
 
 
 def test_another_runs_prior_serves(finished, tmp_path):
@@ -1787,6 +1791,21 @@ def test_stopping_saves_and_says_how_to_go_on(tmp_path, number):
     assert p.returncode == 1 and err.strip().startswith('stopped; this goes on: python')
     saved = torch.load(tmp_path / 'prior.pt', weights_only=True)
     assert saved['step'] > 0 and 'opt' in saved['parts']
+
+
+def test_a_stop_waits_for_the_end_of_an_update_but_not_twice(monkeypatch):
+    monkeypatch.setattr(sud2.Stop, 'asked', False)
+
+    def acts_at_once():
+        with pytest.raises(KeyboardInterrupt):
+            sud2.Stop.handler(signal.SIGINT, None)
+    acts_at_once()
+    with sud2.Stop.postponed():
+        sud2.Stop.handler(signal.SIGINT, None)
+        assert sud2.Stop.asked
+        acts_at_once()
+        sud2.Stop.asked = False
+    acts_at_once()
 
 
 def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
