@@ -1030,6 +1030,58 @@ def test_readme_help_and_examples():
     assert failed == 0 and attempted >= 7
 
 
+def picture_of(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize('size, side', [(16, 96), (40, 80), (300, 256)])
+def test_the_grid_shows_each_image_in_its_row_and_column(tmp_path, size, side):
+    """Small images are enlarged by a whole number, grey ones shown as such, and all are told
+    apart by what is in their corners."""
+    rows = {'measurement': torch.arange(0, 120, 10).view(12, 1, 1, 1).expand(12, 1, size, size),
+            'truth': torch.arange(100, 220, 10).view(12, 1, 1, 1).expand(12, 3, size, size)}
+    rows = {name: list(u.byte().clone()) for name, u in rows.items()}
+    rows['truth'][3][:, :size // 4, :size // 4] = torch.tensor([255, 0, 0]).view(3, 1, 1)
+    sud2.grid(rows, tmp_path / 'grid.png')
+    seen = picture_of(tmp_path / 'grid.png')
+    assert seen.shape[0] == 2 * (side + 4) + 4
+    left = seen.shape[1] - 10 * (side + 4)
+    for c in range(10):
+        x = left + c * (side + 4) + side // 2
+        assert (seen[4 + side // 2, x] == 10 * c).all(), 'the first row'
+        assert (seen[8 + side + side // 2, x] == 100 + 10 * c).all(), 'the second row'
+    red = np.argwhere((seen == [255, 0, 0]).all(2)) - [8 + side, left + 3 * (side + 4)]
+    assert red.min(0).tolist() == [0, 0] and abs(red.max(0) - (side // 4 - 1)).max() <= 1
+    assert (seen[:, :left] < 128).any(), 'the labels'
+
+
+def test_ticks_are_round_and_span_the_values():
+    assert sud2.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert_close(sud2.ticks(.18, .386), [.15, .2, .25, .3, .35, .4])
+    assert_close(sud2.ticks(-3, 870), [-200, 0, 200, 400, 600, 800, 1000])
+    assert sud2.ticks(7, 7)[0] <= 7 <= sud2.ticks(7, 7)[-1], 'a single value'
+
+
+def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
+    """A line from corner to corner, the mean of two seeds, beside a panel of one seed."""
+    two = [[(0, 0), (5, 4), (10, 10)], [(0, 0), (5, 6), (10, 10)]]
+    sud2.plot([('left', 'x', 'y', {'sud2': two}), ('right', 'x', 'y', {'mine': two[:1]})],
+              tmp_path / 'plot.png')
+    seen = picture_of(tmp_path / 'plot.png')
+    blue = np.argwhere((seen == [0, 0x72, 0xB2]).all(2))
+    line = blue[blue[:, 1] < 560]
+    low, high = line[line[:, 1].argmin()], line[line[:, 1].argmax()]
+    assert abs(low - [344, 68]).max() <= 2 and abs(high - [40, 546]).max() <= 2
+    middle = line[abs(line[:, 1] - 307) <= 1][:, 0]
+    assert abs(middle.mean() - 192) < 2, 'the mean of 4 and 6'
+    assert blue[:, 1].max() > 1120, 'the legend'
+    tinted = (seen[:, 307] - seen[:, 307, :1])[:, 2] > 0
+    assert abs(np.flatnonzero(tinted)[[0, -1]] - [344 - 182, 344 - 122]).max() <= 2, 'the band'
+    other = np.argwhere((seen == [0x56, 0xB4, 0xE9]).all(2))
+    assert other[0].tolist()[1] > 1090 and other[:, 1].min() > 560, 'in the right panel alone'
+
+
 def test_repeating_a_command_does_nothing_again(finished):
     before = {p.name: p.stat().st_mtime_ns for p in finished.glob('*.pt')}
     sud2.main(tiny(finished, '--method', 'all'))
