@@ -853,6 +853,20 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
         sud2.main(sud2.parse([*ask[:3], str(run / 'prior.pt'), '--out', str(out)]))
 
 
+def test_grey_folders_train_and_restore_to_grey(folders, tmp_path):
+    for f in folders.rglob('*.*'):
+        Image.open(f).convert('L').save(f)
+    run, inputs = tmp_path / 'run', tmp_path / 'in'
+    sud2.main(tiny(run, '--task', 'custom', '--data', str(folders), '--channels', '1',
+                   '--method', 'supervised'))
+    picture(inputs / 'colour.png')
+    sud2.main(sud2.parse(['--restore', str(inputs), '--checkpoint', str(run / 'supervised-s0.pt'),
+                          '--out', str(tmp_path / 'out')]))
+    with Image.open(tmp_path / 'out/colour.png') as image:
+        before = np.asarray(data.open_image(inputs / 'colour.png', 'L'), float)
+        assert image.mode == 'L' and abs(np.asarray(image) - before).mean() < 15
+
+
 def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_path):
     shutil.rmtree(folders / 'test')
     sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1'))
@@ -870,6 +884,25 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     sud2.main(tiny(tmp_path / 'run', *flags))
     said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.0 megapixels together\n'
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('method, passes', [
+    ('supervised', 3 * 12 + 3 * 2 * 6), ('sud', 3 * 24 + 3 * 2 * 6 + 4 * 4 * (3 + 1)),
+    ('sud2', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 5)), ('oracle', 3 * 12 + 3 * 2 * 6 + 4 * 4 * 3),
+    ('sud2-kl', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 1)),
+    ('sud2-kl+g', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 6)),
+    ('cyclegan', 3 * 12 + 3 * 2 * 6 + 24 * 6 * 2)])
+def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, method, passes):
+    """With a minute for every forward pass of an image: 3 steps of 4 images for the prior, and for
+    D_σ, 6 updates of 2 pairs, 4 of them with 4 measurements, 2 scores on 12 images by f and the
+    prior; a training step is three passes."""
+    monkeypatch.setattr(sud2, 'forward_minutes', lambda *_: 1)
+    ask = tiny(tmp_path, '--method', method, '--r-steps', '5', '--dry-run')
+    for ask.seed, ask.prior in ([0], None), ([0, 1], None), ([0], 'elsewhere'):
+        sud2.main(ask)
+        priors, n = 72 if method == 'sud' else 36, len(ask.seed)
+        wanted = priors * (ask.prior is None) + (passes - priors + 48) * n + .1
+        assert f'about {wanted} minutes, {48. * n} of them for' in capsys.readouterr().out
 
 
 def broken_folders(folders, case):
@@ -964,6 +997,24 @@ def test_run_writes_everything(finished):
     assert m['peak_mib'] > 0 and m['prior']['eps_loss'] > 0
     rows = (finished / 'table.md').read_text().splitlines()
     assert len(rows) == 2 + len(sud2.METHODS) and '100%' in rows[-1]
+
+
+def test_several_seeds_have_other_pairs_one_prior_and_the_first_ones_pictures(
+        finished, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sud2, 'grid', lambda rows, path: shown.append(rows))
+    for seeds in ['0'], ['0', '1']:
+        out = tmp_path / str(len(seeds))
+        sud2.main(tiny(out, '--method', 'supervised', '--seed', *seeds))
+    for name, part in ('prior.pt', 'ema'), ('supervised-s0.pt', 'f'):
+        one, other = (weights(there / name, part) for there in (finished, out))
+        assert all(torch.equal(one[k], other[k]) for k in one), 'as without the second seed'
+    one, other = weights(out / 'supervised-s0.pt'), weights(out / 'supervised-s1.pt')
+    assert not any(torch.equal(one[k], other[k]) for k in one if one[k].dim() == 4)
+    assert all(torch.equal(u, v) for u, v in zip(*(rows['supervised'] for rows in shown)))
+    scores = json.loads((out / 'metrics.json').read_text())['methods']['supervised']
+    assert scores['0']['psnr'] != scores['1']['psnr']
+    assert '±' in (out / 'table.md').read_text()
 
 
 def test_every_method_ends_elsewhere(finished):
