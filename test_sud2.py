@@ -1797,14 +1797,39 @@ def test_celeba_errors(celeba, tmp_path):
      (['--lr', 'nan'], '--lr: must be a number above 0'),
      (['--size', '34'], '--size 34: must divide by 8'),
      (['--size', '4'], '--size 4: must be from 16'), (['--t-start', '1000'], '--t-start 1000'),
-     (['--r-steps', '500'], '--r-steps 500'), (['--width', '20'], '--width 20'),
-     (['--meth', 'sud'], 'unrecognized arguments'), (['--images', 'x'], '--images: needs --data')],
+     (['--r-steps', '52'], '--r-steps 52: at most --t-start + 1 = 51'),
+     (['--size', '1040'], '--size 1040: must be from'), (['--width', '20'], '--width 20'),
+     (['--eta', '1.01'], '--eta 1.01: must be from'), (['--shift', '32'], '--shift 32: must'),
+     (['--kl-range', '300', '300'], '--kl-range 300'), (['--points', '401'], '--points 401'),
+     (['--kl-range', '20', '1001'], '--kl-range 20 1001: needs 0 <= first < second <= 1000'),
+     (['--meth', 'sud'], 'unrecognized arguments'), (['--images', 'x'], '--images: needs --data'),
+     (['--task', 'custom'], '--task custom: needs --data DIR with paired/x'),
+     (['--task', 'custom', '--data', 'x', '--method', 'oracle'], '--method oracle: needs the true'),
+     (['--restore', 'x'], '--restore: needs --ch'), (['--checkpoint', 'x'], '--restore: needs'),
+     (['--restore', 'x', '--checkpoint', 'x'], '--restore: needs --out DIR'),
+     (['--lpips-weights', 'x'], '--lpips-weights: needs two files'),
+     (['--lpips-weights', 'download', '--size', '24'], '--size 24: LPIPS needs at least 32')],
 )
 def test_bad_flags(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         sud2.parse(flags)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_at_their_limits_and_what_is_made_of_them():
+    def parse(text):
+        return sud2.parse(text.split())
+
+    a = parse('--size 1024 --t-start 999 --r-steps 1000 --eta 1 --shift 1023 --points 400 '
+              '--kl-range 0 1000 --method sud2 supervised sud2 --seed 2 0 2')
+    assert a.method == ['sud2', 'supervised'] and a.seed == [0, 2] and a.out == 'runs/inpaint'
+    assert parse('--size 32 --method all --lpips-weights x y').method == [*sud2.METHODS]
+    assert parse('--size 16').size == 16
+    own = parse('--task custom --data x --method all')
+    assert own.out == 'runs/custom' and own.method == [m for m in sud2.METHODS if m != 'oracle']
+    quick = parse('--quick --updates 90')
+    assert (quick.updates, quick.prior_steps) == (90, sud2.QUICK['prior_steps']), 'flags win'
 
 
 def command(*flags, cwd=HERE):
