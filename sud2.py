@@ -662,8 +662,7 @@ def grid(rows, path, columns=10):
         draw.text((8, 4 + r * (side + 4) + side / 2), name, 'black', font, anchor='lm')
         for c, image in enumerate(images[:columns]):
             tile = Image.fromarray(colour(image[None])[0].permute(1, 2, 0).numpy())
-            how = Image.Resampling.NEAREST if side % tile.width == 0 else Image.Resampling.BOX
-            tile = ImageOps.fit(tile, (side, side), how)
+            tile = ImageOps.fit(tile, (side, side), Image.Resampling.BOX)
             sheet.paste(tile, (left + c * (side + 4), 4 + r * (side + 4)))
     save_picture(sheet, path)
 
