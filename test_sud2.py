@@ -1116,7 +1116,7 @@ def test_ticks_are_round_and_span_the_values():
 
 def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
     """A line from corner to corner, the mean of two seeds, beside a panel of one seed."""
-    two = [[(0, 0), (5, 4), (10, 10)], [(0, 0), (5, 6), (10, 10)]]
+    two = [[(100, 4), (105, 8), (110, 14)], [(100, 4), (105, 10), (110, 14)]]
     sud2.plot([('left', 'x', 'y', {'sud2': two}), ('right', 'x', 'y', {'mine': two[:1]})],
               tmp_path / 'plot.png')
     seen = picture_of(tmp_path / 'plot.png')
@@ -1125,10 +1125,16 @@ def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
     low, high = line[line[:, 1].argmin()], line[line[:, 1].argmax()]
     assert abs(low - [344, 68]).max() <= 2 and abs(high - [40, 546]).max() <= 2
     middle = line[abs(line[:, 1] - 307) <= 1][:, 0]
-    assert abs(middle.mean() - 192) < 2, 'the mean of 4 and 6'
+    assert abs(middle.mean() - 192) < 2, 'the mean of 8 and 10'
     assert blue[:, 1].max() > 1120, 'the legend'
     tinted = (seen[:, 307] - seen[:, 307, :1])[:, 2] > 0
     assert abs(np.flatnonzero(tinted)[[0, -1]] - [344 - 182, 344 - 122]).max() <= 2, 'the band'
+    for frame in seen[40, 70:545], seen[343, 70:545], seen[40:345, 70], seen[40:345, 543]:
+        assert (frame.sum(1) < 700).all()
+    for written in ((350, 362, 532, 556), (35, 45, 45, 64), (12, 28, 290, 324), (375, 392, 300, 314),
+                    (12, 28, 6, 18), (350, 362, 1092, 1116), (12, 28, 566, 578)):
+        top, bottom, left, right = written          # ticks, title, labels
+        assert (seen[top:bottom, left:right] < 100).any(), written
     other = np.argwhere((seen == [0x56, 0xB4, 0xE9]).all(2))
     assert other[0].tolist()[1] > 1090 and other[:, 1].min() > 560, 'in the right panel alone'
 
