@@ -1132,7 +1132,8 @@ def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
     for frame in seen[40, 70:545], seen[343, 70:545], seen[40:345, 70], seen[40:345, 543]:
         assert (frame.sum(1) < 700).all()
     for written in ((350, 362, 532, 556), (35, 45, 45, 64), (12, 28, 290, 324),
-                    (375, 392, 300, 312), (12, 28, 6, 18), (350, 362, 1092, 1116), (12, 28, 566, 578)):
+                    (375, 392, 300, 312), (12, 28, 6, 18), (350, 362, 1092, 1116),
+                    (12, 28, 566, 578)):
         top, bottom, left, right = written          # ticks, title, labels
         assert (seen[top:bottom, left:right] < 100).any(), written
     other = np.argwhere((seen == [0x56, 0xB4, 0xE9]).all(2))
