@@ -891,18 +891,19 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     ('sud2', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 5)), ('oracle', 3 * 12 + 3 * 2 * 6 + 4 * 4 * 3),
     ('sud2-kl', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 1)),
     ('sud2-kl+g', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 6)),
-    ('cyclegan', 3 * 12 + 3 * 2 * 6 + 24 * 6 * 2)])
+    ('cyclegan', 3 * 12 + 3 * 2 * 6 + 24 * 6 * 2),
+    ('supervised oracle', 3 * 12 + 2 * 3 * 2 * 6 + 4 * 4 * 3)])
 def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, method, passes):
     """With a minute for every forward pass of an image: 3 steps of 4 images for the prior, and for
     D_σ, 6 updates of 2 pairs, 4 of them with 4 measurements, 2 scores on 12 images by f and the
     prior; a training step is three passes."""
     monkeypatch.setattr(sud2, 'forward_minutes', lambda *_: 1)
-    ask = tiny(tmp_path, '--method', method, '--r-steps', '5', '--dry-run')
+    ask = tiny(tmp_path, '--method', *method.split(), '--r-steps', '5', '--dry-run')
     for ask.seed, ask.prior in ([0], None), ([0, 1], None), ([0], 'elsewhere'):
         sud2.main(ask)
-        priors, n = 72 if method == 'sud' else 36, len(ask.seed)
-        wanted = priors * (ask.prior is None) + (passes - priors + 48) * n + .1
-        assert f'about {wanted} minutes, {48. * n} of them for' in capsys.readouterr().out
+        priors, scores = 72 if method == 'sud' else 36, 48. * len(ask.method) * len(ask.seed)
+        wanted = priors * (not ask.prior) + (passes - priors) * len(ask.seed) + scores + .1
+        assert f'about {wanted} minutes, {scores} of them for' in capsys.readouterr().out
 
 
 def broken_folders(folders, case):
