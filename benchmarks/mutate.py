@@ -126,6 +126,13 @@ MUTATIONS = [
     ('sud2.py', 'if m.label in ENDLESS', 'if m.label not in ENDLESS'),
     ('sud2.py', 'else self.numbers.copy_(now)', 'else now'),
     ('sud2.py', 'if self.calls <= 3:', 'if self.calls <= 4:'),
+    ('sud2.py', "'entropy': 4 * t_prior", "'entropy': 5 * t_prior"),
+    ('sud2.py', 'if seed == a.seed[0]:', 'if seed != a.seed[0]:'),
+    ('sud2.py', "seconds + now - began, 'parts'", "now - began, 'parts'"),
+    ('sud2.py', 'if cls.asked or not cls.waiting', 'if not cls.waiting'),
+    ('sud2.py', 'box[3] - (y - ys[0])', 'box[3] - (y + ys[0])'),
+    ('sud2.py', '4 + r * (side + 4)))', '5 + r * (side + 4)))'),
+    ('sud2.py', 'grey=a.channels == 1', 'grey=a.channels == 2'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
