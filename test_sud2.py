@@ -1089,8 +1089,7 @@ def picture_of(path):
 
 @pytest.mark.parametrize('size, side', [(16, 96), (40, 80), (300, 256)])
 def test_the_grid_shows_each_image_in_its_row_and_column(tmp_path, size, side):
-    """Small images are enlarged by a whole number, grey ones shown as such, and all are told
-    apart by what is in their corners."""
+    """Small ones enlarged by a whole number, grey ones as such; a red corner stays where it is."""
     rows = {'measurement': torch.arange(0, 120, 10).view(12, 1, 1, 1).expand(12, 1, size, size),
             'truth': torch.arange(100, 220, 10).view(12, 1, 1, 1).expand(12, 3, size, size)}
     rows = {name: list(u.byte().clone()) for name, u in rows.items()}
