@@ -33,6 +33,8 @@ import sud2
 import unet
 from unet import Attention, Muon, UNet, orthogonalised
 
+torch.set_num_threads(1)                # the networks are tiny; and in processes of their own
+os.environ['OMP_NUM_THREADS'] = '1'
 HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
 TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', '--test', '12',
@@ -43,6 +45,25 @@ TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', 
 
 def tiny(out, *flags):
     return sud2.parse([*TINY, '--precision', 'fp32', '--out', str(out), *flags])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_processes(request, tmp_path_factory):
+    """A run of two processes for the test that wants it, begun before the first: it is slow."""
+    if all('two_processes_compute' not in item.name for item in request.session.items):
+        return (yield)
+    out = tmp_path_factory.mktemp('two')
+    flags = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
+             '--gan-steps', '2', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
+             'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
+    with open(out / 'log', 'w') as log:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',
+             HERE / 'sud2.py', *flags, '--out', out / 'two'], stdout=log, stderr=log,
+            start_new_session=True)             # Ctrl-C reaches it once, from here
+    yield process, flags, out
+    process.terminate()
+    process.wait()
 
 
 # --------------------------------------------------------- priors with a closed form
@@ -401,7 +422,7 @@ def test_what_g_covers_leaves_no_trace():
 def test_g_learns_a_hole_that_moves_with_the_image():
     """Black left half, hole in it; or the same at the right: seen on images that were not shown."""
     torch.manual_seed(0)
-    g = UNet(2, 2, 16, (1, 2))
+    g = UNet(2, 2, 16, (1, 2), patch=2)
     opt = Muon(g, 5e-3)
 
     def examples(n):
@@ -411,7 +432,7 @@ def test_g_learns_a_hole_that_moves_with_the_image():
         y[:, :, 4:12, 2:6] = 0.25
         flip = torch.rand(n) < 0.5
         return sud2.mirrored(x, flip), sud2.mirrored(y, flip)
-    for _ in range(150):
+    for _ in range(80):
         x, y = examples(16)
         sud2.descend(sud2.paired_loss(sud2.measured(g, x, sud2.change(x, y)), y), g, opt, 5e-3)
     x, y = examples(64)
@@ -426,7 +447,7 @@ def test_g_is_told_what_most_pixels_undergo():
     y[:, :, :2, 1:] = 9                                 # 6 of 16 pixels: a hole leaves c alone
     assert sud2.change(x, y).flatten().tolist() == [0.25, 0]
     torch.manual_seed(0)
-    g = UNet(2, 2, 16, (1, 2))
+    g = UNet(2, 2, 16, (1, 2), patch=2)
     opt = Muon(g, 5e-3)
     for _ in range(150):
         x, share = torch.rand(16, 1, 16, 16), 0.8 * torch.rand(16, 1, 1, 1)
@@ -1924,16 +1945,18 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_stopping_saves_and_says_how_to_go_on(tmp_path, number):
-    flags = [*TINY, '--prior-steps', '100000', '--save-every', '0', '--out', tmp_path]
-    p = start(*flags)
-    wait_for((tmp_path / 'prior.pt').exists)
-    p.send_signal(number)
-    _, err = p.communicate(timeout=30)
-    assert p.returncode == 1 and err.strip().startswith('stopped; this goes on: python')
-    saved = torch.load(tmp_path / 'prior.pt', weights_only=True)
-    assert saved['step'] > 0 and 'opt' in saved['parts']
+def test_stopping_saves_and_says_how_to_go_on(tmp_path):
+    flags = [*TINY, '--prior-steps', '100000', '--save-every', '0', '--out']
+    runs = {number: start(*flags, tmp_path / str(number))
+            for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, p in runs.items():
+        checkpoint = tmp_path / str(number) / 'prior.pt'
+        wait_for(checkpoint.exists)
+        p.send_signal(number)
+        _, err = p.communicate(timeout=30)
+        assert p.returncode == 1 and err.strip().startswith('stopped; this goes on: python')
+        saved = torch.load(checkpoint, weights_only=True)
+        assert saved['step'] > 0 and 'opt' in saved['parts']
 
 
 def test_a_stop_waits_for_the_end_of_an_update_but_not_twice(monkeypatch):
@@ -2075,16 +2098,11 @@ def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
             assert name in str(e) or str(e).startswith('--'), e
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
+def test_two_processes_compute_what_one_does(two_processes):
     """20 updates under torchrun with two processes: the same losses and weights."""
-    flags = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
-             '--gan-steps', '2', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
-             'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
+    process, flags, tmp_path = two_processes
     sud2.main(sud2.parse([*flags, '--out', str(tmp_path / 'one')]))
-    two = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', HERE / 'sud2.py']
-    r = subprocess.run([*two, *flags, '--out', tmp_path / 'two'], capture_output=True, text=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert r.returncode == 0, r.stderr
+    assert process.wait() == 0, (tmp_path / 'log').read_text()
     for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl-s0', 'sud2-kl+g-s0'):
         ours, theirs = (torch.load(tmp_path / d / f'{name}.pt', weights_only=True)['parts']
                         for d in ('one', 'two'))
