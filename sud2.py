@@ -589,14 +589,15 @@ def scorer(run, split, prior, lpips=None, inception=None):
         if not x:
             return s
         s |= {'psnr': mean(metrics.psnr, x_hat, data_range=2),
-              'ssim': mean(metrics.ssim, x_hat, data_range=2),
-              'fd_prior': metrics.frechet_distance(prior_features(run, prior, small), features)}
+              'ssim': mean(metrics.ssim, x_hat, data_range=2)}
+        if len(x) > 1:                                              # one image has no distribution
+            s['fd_prior'] = metrics.frechet_distance(prior_features(run, prior, small), features)
         if hole is not None:
             s |= {f'psnr_{k}': mean(metrics.psnr, x_hat, data_range=2, mask=m)
                   for k, m in (('hole', hole), ('visible', ~hole))}
         if lpips:
             s['lpips'] = mean(lpips, x_hat)
-        if inception:
+        if inception and len(x) > 1:
             fid = metrics.frechet_distance(inception(colour(data.to_bytes(small))), real)
             s |= {'fid': fid, 'fid_features': real.shape[1]}
         return s
@@ -997,7 +998,7 @@ def check_config(run):
     path, config = run.out / 'config.json', {k: v for k, v in vars(run.a).items() if k not in FREE}
     config['files'] = fingerprint([run.a.data, run.a.images])
     if Group.rank:
-        return config
+        return
     if path.exists():
         try:
             there = json.loads(path.read_bytes())
@@ -1012,7 +1013,6 @@ def check_config(run):
                 raise ValueError(f'--{k.replace("_", "-")} {v}: {path} has {there[k]}; '
                                  'use that value, or another --out')
     write_json(path, config)
-    return config
 
 
 @contextlib.contextmanager
@@ -1447,7 +1447,8 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
     """Writes metrics.json, table.md, grid.png and curves.png; prints the table."""
     gap_closed(methods)
     write_json(run.out / 'metrics.json', {
-        'command': 'python sud2.py ' + ' '.join(sys.argv[1:]), 'config': check_config(run),
+        'command': 'python sud2.py ' + ' '.join(sys.argv[1:]),
+        'config': json.loads((run.out / 'config.json').read_bytes()),
         'environment': {'torch': torch.__version__, 'processor': processor() if
                         run.device.type != 'cuda' else torch.cuda.get_device_name(run.device),
                         'threads': torch.get_num_threads(), 'device': run.device.type,
@@ -1479,7 +1480,9 @@ def work(run, began):
         truth_corr = metrics.correlation(data.to_float(tests)).item()
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
     for seed in a.seed:
-        split = split if seed == a.seed[0] else load_split(a, seed).to(run.device)
+        if seed != a.seed[0]:
+            check_config(run)                                       # the data is read again
+            split = load_split(a, seed).to(run.device)
         score, models = scorer(run, split, prior, *more), Models(prior, denoiser)
         if any('cyclegan' in m for m in a.method):
             gan, *gan_record = train_cyclegan(run, seed, split, score)

@@ -889,6 +889,12 @@ def test_grey_folders_train_and_restore_to_grey(folders, tmp_path):
 
 
 def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_path):
+    """And with one pair of them no Fréchet distance."""
+    (folders / 'test/x/1.png').unlink()
+    (folders / 'test/y/1.png').unlink()
+    sud2.main(tiny(tmp_path / 'one', '--task', 'custom', '--data', str(folders)))
+    s = json.loads((tmp_path / 'one/metrics.json').read_text())['methods']['sud2']['0']
+    assert s['psnr'] > 0 and s['fd_prior'] is None and (tmp_path / 'one/curves.png').exists()
     shutil.rmtree(folders / 'test')
     sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1'))
     s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['sud2']['0']
@@ -2017,13 +2023,16 @@ def test_a_torn_log_line_is_left_behind(tmp_path):
     assert lines[0] == '{"part": "prior", "st' and all(json.loads(line) for line in lines[1:])
 
 
-def test_changed_data_is_noticed(folders, tmp_path):
-    """Also behind a link."""
+def test_changed_data_is_noticed(folders, tmp_path, monkeypatch):
+    """Also behind a link. What came while a run had its data in memory does not stop it."""
     flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders))
     (folders / 'images').rename(tmp_path / 'elsewhere')
     (folders / 'images').symlink_to(tmp_path / 'elsewhere')
+    train = sud2.train
+    monkeypatch.setattr(sud2, 'train', lambda *what: (
+        picture(tmp_path / 'elsewhere' / 'new.png') and train(*what)))
     sud2.main(flags)
-    picture(tmp_path / 'elsewhere' / 'new.png')
+    assert (tmp_path / 'run' / 'metrics.json').exists()
     with pytest.raises(ValueError, match='not the files that this run began with'):
         sud2.main(flags)
 
