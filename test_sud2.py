@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1078,6 +1079,23 @@ def test_shift_moves_both_of_a_pair_alike():
         padded = np.pad(x[0, 0].numpy(), 2, mode='reflect')
         windows = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
         assert any(np.array_equal(image.numpy(), w) for w in windows)
+
+
+def test_the_readmes_summary_is_that_of_the_results():
+    """A row: supervised, last and best, then PSNR (gain over that best, ratio of distances)."""
+    rows = re.findall(r'^\| [^|]* \| [^|]*, best .*$', (HERE / 'README.md').read_text(), re.M)
+    names = ('inpaint-faces', 'inpaint-faces-other-seeds', 'inpaint-celeba',
+             'inpaint-celeba-other-seeds', 'inpaint-celeba-64', 'dehaze-scenes',
+             'dehaze-scenes-other-seeds')
+    for name, row in zip(names, rows, strict=True):
+        methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
+        last, best, distance = ({m: statistics.mean(s[key] for s in seeds.values()) for m, seeds in
+                                 methods.items()} for key in ('psnr', 'best_psnr', 'fd_prior'))
+        low, far = best['supervised'], distance['supervised']
+        cells = [f'{last["supervised"]:.2f}, best {low:.2f}'] + [
+            f'{last[m]:.2f} ({last[m] - low:+.1f}, {distance[m] / far:.2f}×)'
+            for m in ('sud2', 'sud2-kl', 'sud2-kl+g', 'oracle')]
+        assert row.split(' | ', 1)[1] == ' | '.join(cells) + ' |', name
 
 
 def test_tables_are_those_of_the_results():
