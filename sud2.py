@@ -153,7 +153,8 @@ def measured(g, x, c):
 def train(run, method, seed, split, models, score):
     """Trains f with one method -> (f, curve, seconds). The loop is the same for all of them."""
     a, m = run.a, METHODS[method]
-    most, lam2 = m.times * a.lam1 if m.lam1 is None else m.lam1, a.lam2 if m.reg else 0.0
+    most, lam2, lam3 = weights = (m.times * a.lam1 if m.lam1 is None else m.lam1,
+                                  a.lam2 if m.reg else 0, a.lam3 if m.clean else 0)
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = Muon(f, a.lr)                                             # Dev. 9
     paired, curve = generators(100 * seed, run.device)[0], []
@@ -164,7 +165,7 @@ def train(run, method, seed, split, models, score):
         ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
         return {'lr': a.lr * falls, 'decay': teacher_decay(step),
                 'lam1': ramp * (falls if m.label in ENDLESS else 1) * most,     # Dev. 10
-                'with_unpaired': bool(m.label and (most > 0 or lam2 > 0) and step >= a.warmup)}
+                'with_unpaired': bool(m.label and any(weights) and step >= a.warmup)}
 
     def update(lr, decay, lam1, with_unpaired):
         x, y = pairs_batch(run, split, paired)
@@ -175,7 +176,7 @@ def train(run, method, seed, split, models, score):
         if with_unpaired:                                           # Dev. 3
             numbers |= unpaired.losses(x, y)
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
-            loss = loss + a.lam3 * numbers['clean'] if m.clean else loss
+            loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)

@@ -893,8 +893,9 @@ def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_p
     """And with one pair of them no Fréchet distance."""
     (folders / 'test/x/1.png').unlink()
     (folders / 'test/y/1.png').unlink()
-    sud2.main(tiny(tmp_path / 'one', '--task', 'custom', '--data', str(folders)))
-    s = json.loads((tmp_path / 'one/metrics.json').read_text())['methods']['sud2']['0']
+    sud2.main(tiny(tmp_path / 'one', '--task', 'custom', '--data', str(folders), '--method',
+                   'supervised'))
+    s = json.loads((tmp_path / 'one/metrics.json').read_text())['methods']['supervised']['0']
     assert s['psnr'] > 0 and s['fd_prior'] is None and (tmp_path / 'one/curves.png').exists()
     shutil.rmtree(folders / 'test')
     sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1'))
@@ -1061,13 +1062,15 @@ def test_without_lambdas_or_still_warming_up_it_is_supervised_bit_for_bit(
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_l_reg_is_on_where_the_table_says_so(finished, tmp_path):
-    """With λ1 = 0 only L_reg can part a method from supervised."""
-    sud2.main(tiny(tmp_path, '--method', *sud2.METHODS, '--lam1', '0', '--lam2', '0.5',
-                   '--gan-steps', '1', '--points', '1', '--prior', str(finished)))
-    parted = [m for m, method in sud2.METHODS.items() if m != 'cyclegan' and method.lam1 is None
-              and not same_weights(tmp_path, finished, f'{m}-s0.pt', 'supervised-s0.pt')]
-    assert parted == ['sud+reg', 'sud+reg+noise', 'sud2']
+@pytest.mark.parametrize('weight, names', [
+    ('--lam2', ['sud+reg', 'sud+reg+noise', 'sud2']), ('--lam3', ['sud2-kl', 'sud2-kl+g'])])
+def test_losses_are_on_where_the_table_says_so(finished, tmp_path, weight, names):
+    """With one weight alone above 0 only its loss can part a method from supervised."""
+    methods = [m for m, method in sud2.METHODS.items() if m != 'cyclegan' and method.lam1 is None]
+    sud2.main(tiny(tmp_path, '--method', *methods, '--lam1', '0', '--lam2', '0', '--lam3', '0',
+                   weight, '0.5', '--points', '1', '--prior', str(finished)))
+    assert names == [m for m in methods if not same_weights(
+        tmp_path, finished, f'{m}-s0.pt', 'supervised-s0.pt')]
 
 
 def test_shift_moves_both_of_a_pair_alike():
@@ -2149,7 +2152,7 @@ def test_two_processes_compute_what_one_does(two_processes):
     assert scores[0]['psnr'] == pytest.approx(scores[1]['psnr'], abs=1e-3)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, finished):
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, finished, monkeypatch):
     """Cut off with one process, finished by two: the same weights up to rounding."""
     flags = [*TINY, '--precision', 'fp32', '--method', 'sud2', '--out', tmp_path]
     part = sud2.parse([*map(str, flags), '--save-every', '0'])
@@ -2160,12 +2163,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, finished):
         if len(calls) > 7:
             raise KeyboardInterrupt
         original(loss, net, opt, lr)
-    sud2.descend = cut
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            sud2.main(part)
-    finally:
-        sud2.descend = original
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sud2, 'descend', cut)
+        sud2.main(part)
     assert torch.load(tmp_path / 'sud2-s0.pt', weights_only=True)['step'] == 4
     cut_off = weights(tmp_path / 'sud2-s0.pt')
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',

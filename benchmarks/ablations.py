@@ -59,7 +59,7 @@ ABLATIONS = {
         ('sud2-kl', 'D^f learns at 3e-3', '--kl-lr', '3e-3'),
         ('sud2-kl', 'without clean pairs', '--lam3', '0'),
         ('sud2', 'with clean pairs', 'with-clean'), ('sud2', 'with g', 'with-g'),
-        ('sud2-kl+g', 'without L_denoiser', 'no-pull'),
+        ('sud2-kl+g', 'without L_denoiser', '--lam1', '0'),
         ('sud2-kl+g', 'g(x) = x + network', 'sum'),
         *((m, 'f trained with AdamW', '--lr', '4e-4', '--kl-lr', '2e-4', 'adamw')
           for m in ('supervised', 'sud2', 'sud2-kl', 'oracle')))}),
@@ -110,8 +110,7 @@ CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added),
                clean=pairs)}) for name, pairs in (('clean', 'x_u'), ('g', 'g(x_u)'))},
            'sum': ('measured', lambda g, x, c: x + g(sud2.torch.cat([x, c.expand_as(x)], 1))
                    .float().chunk(2, 1)[0]),
-           'no-c': ('change', lambda x, y: 0 * x[..., :1, :1]),
-           'no-pull': ('denoiser_loss', lambda x_hat, label: 0 * x_hat.mean())}
+           'no-c': ('change', lambda x, y: 0 * x[..., :1, :1])}
 
 
 def run(flags, a):
