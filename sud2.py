@@ -468,7 +468,8 @@ def same_size(images, size):
     if not isinstance(images, list):
         return images
     shrink = torch.nn.functional.adaptive_avg_pool2d
-    return torch.stack([shrink(u.float(), size).to(u.dtype) for u in images])
+    small = torch.stack([shrink(u.float(), size) for u in images])
+    return small if images[0].is_floating_point() else small.round().byte()
 
 
 def reconstruct(run, f, y, batch=64):
@@ -1313,8 +1314,11 @@ def parse(argv=None):
          '--task custom: needs --data DIR with paired/x, paired/y, measurements and images'),
         (a.task == 'custom' and 'oracle' in a.method,
          '--method oracle: needs the true images of the measurements, which --task custom lacks'),
+        (a.task == 'custom' and a.validation,
+         '--validation: for --task custom put the pairs to choose flags by into the folder test'),
         (bool(a.restore) != bool(a.checkpoint), '--restore: needs --checkpoint, and the reverse'),
         (a.restore and not a.out, '--restore: needs --out DIR'),
+        (a.restore and a.dry_run, '--restore: does without --dry-run'),
         (a.lpips_weights and a.lpips_weights != ['download'] and len(a.lpips_weights) != 2,
          '--lpips-weights: needs two files, ALEXNET LINEAR, or the word download'),
         (a.lpips_weights and a.size < 32, f'--size {a.size}: LPIPS needs at least 32'),

@@ -1422,6 +1422,8 @@ def test_scores_by_hand(tmp_path):
     several = sud2.scorer(run, split, prior)(f)
     assert several['psnr'] == pytest.approx(s['psnr']) and several['psnr_hole'] is None
     assert several['ssim'] == pytest.approx(s['ssim'])
+    u = torch.tensor([[[1, 1], [1, 0]]])
+    assert [sud2.same_size([v], 1).item() for v in (u.byte(), u.float())] == [1, .75]
 
 
 def test_gap_closed_is_measured_from_the_best_supervised_value():
@@ -1869,6 +1871,8 @@ def test_celeba_errors(celeba, tmp_path):
      (['--meth', 'sud'], 'unrecognized arguments'), (['--images', 'x'], '--images: needs --data'),
      (['--task', 'custom'], '--task custom: needs --data DIR with paired/x'),
      (['--task', 'custom', '--data', 'x', '--method', 'oracle'], '--method oracle: needs the true'),
+     (['--task', 'custom', '--data', 'x', '--validation', '9'], '--validation: for --task custom'),
+     (['--restore', 'x', '--checkpoint', 'x', '--out', 'x', '--dry-run'], '--restore: does'),
      (['--restore', 'x'], '--restore: needs --ch'), (['--checkpoint', 'x'], '--restore: needs'),
      (['--restore', 'x', '--checkpoint', 'x'], '--restore: needs --out DIR'),
      (['--lpips-weights', 'x'], '--lpips-weights: needs two files'),
