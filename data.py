@@ -630,11 +630,13 @@ def files_below(folder):
 
 
 def image_files(folder):
-    """All image files below a folder, sorted by path. Errors: no such folder, no image in it."""
+    """All image files below a folder, but for hidden ones, sorted by path. Errors: no such folder,
+    no image in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder')
-    files = [f for f in files_below(folder) if f.suffix.lower() in IMAGE_ENDINGS]
+    files = [f for f in files_below(folder) if f.suffix.lower() in IMAGE_ENDINGS
+             and not any(part.startswith('.') for part in f.relative_to(folder).parts)]
     if not files:
         raise ValueError(f'{folder}: no image in it ({", ".join(sorted(IMAGE_ENDINGS))})')
     return files
@@ -925,18 +927,20 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
                    short_side=0, grey=False, cache=None):
     """A user's folders paired/x, paired/y, measurements, images, and perhaps test/x, test/y.
 
-    File names pair x with y; sizes are at most. Without a test folder test_x is None, test_y holds
-    crops of the measurements. Errors: what is missing or does not fit, by name.
+    Paths below x and y without their endings pair them; sizes are at most. Without a test folder
+    test_x is None, test_y holds crops of the measurements. Errors: what is missing or does not
+    fit, by name.
     """
     root, rng = Path(root), np.random.default_rng(seed)
 
     def matched(folder, most):
-        xs, ys = ({f.stem: f for f in image_files(root / folder / k)} for k in 'xy')
-        for one, other, name in ((xs, ys, 'y'), (ys, xs, 'x')):
-            for stem in sorted(one.keys() - other.keys()):
-                raise ValueError(f'{one[stem]}: has no partner in {root / folder / name}')
-        stems = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
-        return [read_pair(xs[s], ys[s], size, short_side, grey) for s in stems[:most]]
+        xs, ys = ({str(f.relative_to(below).with_suffix('')): f for f in image_files(below)}
+                  for below in (root / folder / 'x', root / folder / 'y'))
+        for one, other, side in ((xs, ys, 'y'), (ys, xs, 'x')):
+            for name in sorted(one.keys() - other.keys()):
+                raise ValueError(f'{one[name]}: has no partner in {root / folder / side}')
+        names = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
+        return [read_pair(xs[n], ys[n], size, short_side, grey) for n in names[:most]]
 
     def single(files, most):
         return crops_of_files(rng.permutation(files)[:most].tolist(), size, seed, short_side, cache,

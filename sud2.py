@@ -877,6 +877,7 @@ def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
     """
     path, log, about = run.out / f'{name}.pt', run.log(name), {**about, **run.about}
     start, seconds = 0, 0.0
+    run.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         saved = load(path, about)
         start, seconds = saved['step'], saved['seconds']
@@ -884,7 +885,7 @@ def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
             for k, state in saved['parts'].items():
                 restore(parts[k], state)
         except Exception as e:          # whatever damage does to a state
-            raise ValueError(f'{path}: damaged, or not a checkpoint of this run') from e
+            raise ValueError(f'{path}: damaged, of another --device, or not of this run') from e
     began = last_save = last_line = time.monotonic()
     with Stop.postponed():                              # to the end of an update
         for step in range(start, steps):

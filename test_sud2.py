@@ -798,10 +798,13 @@ def test_own_folders_go_where_their_names_say(tmp_path):
     for k, part in enumerate(parts):
         flat(tmp_path / part / 'a.png', (30 * k, 30 * k, 30 * k))
     flat(tmp_path / 'more' / 'a.png', (240, 240, 240))
-    split = data.custom_folders(tmp_path, 16, 1, 1, 2, 1, seed=0, images=tmp_path / 'more')
+    for side, grey in ('x', 10), ('y', 40):             # of the same name as another pair's
+        flat(tmp_path / 'paired' / side / 'b/a.png', (grey, grey, grey))
+    (tmp_path / 'images/._a.png').write_bytes(b'hidden, no picture')
+    split = data.custom_folders(tmp_path, 16, 2, 1, 2, 1, seed=0, images=tmp_path / 'more')
     assert [sorted({u.max().item() for u in part}) for part in (
         split.pairs_x, split.pairs_y, split.measurements, split.images, split.test_x, split.test_y)
-            ] == [[0], [30], [60], [90, 240], [120], [150]]
+            ] == [[0, 10], [30, 40], [60], [90, 240], [120], [150]]
 
 
 def test_crops_and_pairs_stay_aligned(tmp_path):
