@@ -19,11 +19,19 @@ import torch
 from torch.nn import functional as F
 
 
+def check_shapes(x_hat, x):
+    """Errors: images of other shapes than (B, C, H, W), both alike; they would be broadcast."""
+    if x_hat.shape != x.shape or x.dim() != 4:
+        raise ValueError('needs two (B, C, H, W) of one shape, '
+                         f'got {tuple(x_hat.shape)} and {tuple(x.shape)}')
+
+
 def psnr(x_hat, x, *, data_range, mask=None):
     """Peak signal-to-noise ratio in dB, (B,); inf for equal images.
 
     With mask (B, 1, H, W), bool, over the pixels where it is True; NaN for an empty mask.
     """
+    check_shapes(x_hat, x)
     error = (x_hat.float() - x.float()).square()
     if mask is None:
         mse = error.flatten(1).mean(1)
@@ -48,6 +56,7 @@ def ssim(x_hat, x, *, data_range):
     Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, in
     chunks of 2^15 pixels that stay in the cache.
     """
+    check_shapes(x_hat, x)
     H, W = x.shape[-2:]
     if min(H, W) < 11:
         raise ValueError(f'SSIM needs images of at least 11 x 11, got {H} x {W}')
@@ -127,6 +136,8 @@ def lpips(x_hat, x, weights):
 
     Images (B, 3, H, W) in [-1, 1], at least 31 x 31; weights from `lpips_weights`.
     """
+    check_shapes(x_hat, x)
+
     def features(h):
         h = (h.float() - h.new_tensor([-.030, -.088, -.188]).view(3, 1, 1)) \
             / h.new_tensor([.458, .448, .450]).view(3, 1, 1)

@@ -1466,6 +1466,9 @@ def test_ssim_of_constants_and_scale():
     last = metrics.ssim(x[140:], y[140:], data_range=1)
     assert_close(metrics.ssim(x, y, data_range=1)[140:], last)
     assert_close(metrics.ssim(x[..., :11, :11], x[..., :11, :11], data_range=1), torch.ones(150))
+    for metric in (metrics.psnr, metrics.ssim):
+        with pytest.raises(ValueError, match=r'of one shape, got \(150, 3, 16, 20\) and \(1, 3'):
+            metric(x, y[:1], data_range=1)
     with pytest.raises(ValueError, match='11 x 11'):
         metrics.ssim(x[..., :10], y[..., :10], data_range=1)
 
