@@ -1533,7 +1533,8 @@ if __name__ == '__main__':
         print(f'sud2.py: error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f'\nstopped; this goes on: python {shlex.join(sys.argv)}')
+        how = f'torchrun --nproc-per-node {Group.world}' if Group.world > 1 else 'python'
+        sys.exit(1 if Group.rank else f'\nstopped; this goes on: {how} {shlex.join(sys.argv)}')
     if Group.world > 1:         # gloo's threads now and then abort a process that ends in order
         sys.stdout.flush()
         os._exit(0)
