@@ -1513,13 +1513,18 @@ def work(run, began):
 def main(a):
     """What the command line asks for. Errors: ValueError and OSError, to be told in one line."""
     began = time.monotonic()
-    if a.restore:
-        return restore_pictures(a)
-    run = Setup(a)
-    if a.dry_run:
-        return plan(run)
-    with locked(run.out):
-        work(run, began)
+    try:
+        if a.restore:
+            return restore_pictures(a)
+        run = Setup(a)
+        if a.dry_run:
+            return plan(run)
+        with locked(run.out):
+            work(run, began)
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and 'memory' not in str(e):
+            raise
+        raise ValueError(f'no memory; use a smaller --batch, --width or --size: {e}') from e
 
 
 if __name__ == '__main__':

@@ -2032,6 +2032,15 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     assert p.returncode == 2 and len(err.splitlines()) == 1 and 'prior.pt' in err
 
 
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory.')])
+def test_too_little_memory_is_told(tmp_path, monkeypatch, error):
+    def train(*_):
+        raise error
+    monkeypatch.setattr(sud2, 'train', train)
+    with pytest.raises(ValueError, match='no memory; use a smaller --batch'):
+        sud2.main(tiny(tmp_path))
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     original, calls = sud2.paired_loss, []
 
