@@ -623,19 +623,14 @@ IMAGE_ENDINGS = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'}
 MOST_PIXELS = 10 ** 8           # more are refused before they are decoded
 
 
-def files_below(folder):
-    """All files below a folder and what it links to, sorted by path."""
-    return sorted(Path(root, f) for root, _, names in os.walk(folder, followlinks=True)
-                  for f in names)
-
-
 def image_files(folder):
-    """All image files below a folder, but for hidden ones, sorted by path. Errors: no such folder,
-    no image in it."""
+    """All image files below a folder and what it links to, but for hidden ones, sorted by path.
+    Errors: no such folder, no image in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder')
-    files = [f for f in files_below(folder) if f.suffix.lower() in IMAGE_ENDINGS
+    below = (Path(root, f) for root, _, names in os.walk(folder, followlinks=True) for f in names)
+    files = [f for f in sorted(below) if f.suffix.lower() in IMAGE_ENDINGS
              and not any(part.startswith('.') for part in f.relative_to(folder).parts)]
     if not files:
         raise ValueError(f'{folder}: no image in it ({", ".join(sorted(IMAGE_ENDINGS))})')

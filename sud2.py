@@ -984,10 +984,10 @@ FREE = {'method', 'seed', 'out', 'device', 'dry_run', 'quick', 'restore', 'check
 
 
 def fingerprint(folders):
-    """A hash of the names, sizes and times of all files in folders; '' for none."""
+    """A hash of the names, sizes and times of all image files in folders; '' for none."""
     digest = hashlib.sha256()
     for folder in filter(None, folders):
-        for f in data.files_below(folder):
+        for f in data.image_files(folder):
             if f.is_file():                                         # no link to nothing
                 s = f.stat()
                 digest.update(f'{f.relative_to(folder)} {s.st_size} {s.st_mtime_ns}'.encode(

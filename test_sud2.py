@@ -2064,7 +2064,8 @@ def test_a_torn_log_line_is_left_behind(tmp_path):
 
 
 def test_changed_data_is_noticed(folders, tmp_path, monkeypatch):
-    """Also behind a link. What came while a run had its data in memory does not stop it."""
+    """Also behind a link; not what is no picture. What comes while a run has its data in memory
+    does not stop it."""
     flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders))
     (folders / 'images').rename(tmp_path / 'elsewhere')
     (folders / 'images').symlink_to(tmp_path / 'elsewhere')
@@ -2075,6 +2076,9 @@ def test_changed_data_is_noticed(folders, tmp_path, monkeypatch):
     assert (tmp_path / 'run' / 'metrics.json').exists()
     with pytest.raises(ValueError, match='not the files that this run began with'):
         sud2.main(flags)
+    (tmp_path / 'elsewhere' / 'new.png').unlink()
+    (folders / '.DS_Store').write_text('what a file browser leaves')
+    sud2.main(flags)
 
 
 def test_fuzzed_command_lines(capsys):
