@@ -1404,8 +1404,9 @@ def plan(run, split=None):
 
 def restore_pictures(a):
     """Applies a trained f to files and folders of pictures, each result under its own name in
-    --out, of the same size and with its alpha channel. Errors, told after the rest is done: a file
-    that is no readable picture, a result that would lie where an input does."""
+    --out, of the same size, with its alpha channel and its colour profile. Errors, told after the
+    rest is done: a file that is no readable picture, a result that would lie where an input
+    does."""
     saved = load(Path(a.checkpoint), {'kind': 'reconstructor', 'version': VERSION})
     try:
         a.task, a.channels, a.width, a.size = (
@@ -1433,8 +1434,11 @@ def restore_pictures(a):
             result = Image.fromarray(x_hat)
             if picture.has_transparency_data:           # a channel, or a colour of the palette
                 result.putalpha(picture.convert('RGBA').getchannel('A'))
+            same_colours = picture.mode.rstrip('A') == result.mode.rstrip('A')      # not of CMYK
+            profile = picture.info.get('icc_profile') if same_colours else None
             path.parent.mkdir(parents=True, exist_ok=True)
-            result.save(f'{path}.tmp', Image.registered_extensions()[g.suffix.lower()], quality=95)
+            result.save(f'{path}.tmp', Image.registered_extensions()[g.suffix.lower()], quality=95,
+                        icc_profile=profile)
             os.replace(f'{path}.tmp', path)
             taken.add(path.resolve())
             print(path)

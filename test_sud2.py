@@ -853,12 +853,13 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     picture(inputs / 'one.png', (1, 1))
     exif = Image.Exif()
     exif[0x0112] = 6                                    # lies on its side
-    picture(inputs / 'turned.jpg', (30, 18), exif=exif)
+    picture(inputs / 'turned.jpg', (30, 18), exif=exif, icc_profile=b'colours')
+    Image.new('CMYK', (9, 9)).save(inputs / 'cmyk.jpg', icc_profile=b'of ink')
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(inputs / 'sixteen.png')
     Image.open(inputs / 'deep' / 'a b é.png').quantize(64).save(inputs / 'palette.png')
     (inputs / 'broken.png').write_bytes(b'no picture')
     ask = ['--restore', str(inputs), '--checkpoint', str(run / 'sud2-s0.pt'), '--out']
-    with pytest.raises(ValueError, match=r'1 of 7 not restored: .*broken.png'):
+    with pytest.raises(ValueError, match=r'1 of 8 not restored: .*broken.png'):
         sud2.main(sud2.parse([*ask, str(out)]))
     sizes = {'deep/a b é.png': (31, 17), 'grey.webp': (16, 40), 'one.png': (1, 1),
              'turned.jpg': (18, 30), 'sixteen.png': (20, 20), 'palette.png': (31, 17)}
@@ -870,8 +871,11 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     for name in ('deep/a b é.png', 'palette.png'):
         alphas = [Image.open(d / name).convert('RGBA').getchannel('A') for d in (inputs, out)]
         assert alphas[0].tobytes() == alphas[1].tobytes() and alphas[0].getextrema() != (255, 255)
+    profiles = [Image.open(out / name).info.get('icc_profile') for name in (
+        'turned.jpg', 'cmyk.jpg', 'one.png')]
+    assert profiles == [b'colours', None, None]
     before = (inputs / 'one.png').read_bytes()
-    with pytest.raises(ValueError, match='7 of 7 not restored: .*another --out'):
+    with pytest.raises(ValueError, match='8 of 8 not restored: .*another --out'):
         sud2.main(sud2.parse([*ask, str(inputs)]))
     assert (inputs / 'one.png').read_bytes() == before
     with pytest.raises(ValueError, match='prior.pt: made with kind prior'):
