@@ -1219,7 +1219,7 @@ def flags_of_the_data(p):
     g.add_argument('--channels', type=int, choices=[1, 3], default=3, metavar='N',
                    help='1: grey, 3: colour')
     g.add_argument('--short-side', type=zero, default=0, metavar='N',
-                   help='reduce larger pictures of folders to this first; 0: keep')
+                   help='reduce larger pictures to this first, also restored ones; 0: keep')
     g.add_argument('--pairs', type=count, default=5, help='|P|, before/after pairs')
     g.add_argument('--measurements', type=count, default=1000, help='|U_y|, degraded images')
     g.add_argument('--clean', type=count, default=12500, help='|U_x|, clean images')
@@ -1404,9 +1404,9 @@ def plan(run, split=None):
 
 def restore_pictures(a):
     """Applies a trained f to files and folders of pictures, each result under its own name in
-    --out, of the same size, with its alpha channel and its colour profile. Errors, told after the
-    rest is done: a file that is no readable picture, a result that would lie where an input
-    does."""
+    --out, of the same size or reduced to --short-side, with its alpha channel and its colour
+    profile. Errors, told after the rest is done: a file that is no readable picture, a result that
+    would lie where an input does."""
     saved = load(Path(a.checkpoint), {'kind': 'reconstructor', 'version': VERSION})
     try:
         a.task, a.channels, a.width, a.size = (
@@ -1428,12 +1428,14 @@ def restore_pictures(a):
             if path.resolve() in taken:
                 raise ValueError(f'{g}: {path} is an input or another result; use another --out')
             picture = data.open_image(g)
-            u = torch.from_numpy(np.array(picture.convert('L' if a.channels == 1 else 'RGB')))
+            small = data.reduced(*picture.size, a.short_side)
+            image = picture.convert('L' if a.channels == 1 else 'RGB')
+            u = torch.from_numpy(np.array(image.resize(small, Image.Resampling.BOX)))
             y = data.to_float(u.view(1, *u.shape[:2], a.channels).permute(0, 3, 1, 2))
             x_hat = data.to_bytes(whole(run, f, y))[0].permute(1, 2, 0).squeeze(2).numpy()
             result = Image.fromarray(x_hat)
             if picture.has_transparency_data:           # a channel, or a colour of the palette
-                result.putalpha(picture.convert('RGBA').getchannel('A'))
+                result.putalpha(picture.convert('RGBA').getchannel('A').resize(small))
             same_colours = picture.mode.rstrip('A') == result.mode.rstrip('A')      # not of CMYK
             profile = picture.info.get('icc_profile') if same_colours else None
             path.parent.mkdir(parents=True, exist_ok=True)

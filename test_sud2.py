@@ -874,6 +874,10 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     profiles = [Image.open(out / name).info.get('icc_profile') for name in (
         'turned.jpg', 'cmyk.jpg', 'one.png')]
     assert profiles == [b'colours', None, None]
+    sud2.main(sud2.parse([*ask, str(tmp_path / 'less'), '--short-side', '9', ask[0],
+                          str(inputs / 'deep')]))
+    with Image.open(tmp_path / 'less' / 'a b é.png') as image:
+        assert image.size == (16, 9) and image.mode == 'RGBA'
     before = (inputs / 'one.png').read_bytes()
     with pytest.raises(ValueError, match='8 of 8 not restored: .*another --out'):
         sud2.main(sud2.parse([*ask, str(inputs)]))
