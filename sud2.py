@@ -1528,7 +1528,7 @@ def main(a):
         with locked(run.out):
             work(run, began)
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and 'memory' not in str(e):
+        if isinstance(e, RuntimeError) and not ('out of memory' in str(e) or 'allocate' in str(e)):
             raise
         raise ValueError(f'no memory; use a smaller --batch, --width or --size: {e}') from e
 

@@ -2040,12 +2040,17 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     assert p.returncode == 2 and len(err.splitlines()) == 1 and 'prior.pt' in err
 
 
-@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory.')])
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't allocate memory"),
+                                   torch.OutOfMemoryError('CUDA out of memory.'),
+                                   RuntimeError('an illegal memory access')])
 def test_too_little_memory_is_told(tmp_path, monkeypatch, error):
+    """And no other error is taken for it."""
     def train(*_):
         raise error
     monkeypatch.setattr(sud2, 'train', train)
-    with pytest.raises(ValueError, match='no memory; use a smaller --batch'):
+    illegal = 'illegal' in str(error)
+    with pytest.raises(RuntimeError if illegal else ValueError,
+                       match='illegal' if illegal else 'no memory; use a smaller --batch'):
         sud2.main(tiny(tmp_path))
 
 
