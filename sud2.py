@@ -1308,6 +1308,7 @@ def parse(argv=None):
         (a.eta > 1, f'--eta {a.eta}: must be from 0 to 1'),
         (not a.kl_range[0] < a.kl_range[1] <= 1000,
          f'--kl-range {a.kl_range[0]} {a.kl_range[1]}: needs 0 <= first < second <= 1000'),
+        (a.seed[-1] > 10 ** 9, f'--seed {a.seed[-1]}: must be from 0 to 10^9'),
         (a.shift >= a.size, f'--shift {a.shift}: must be below --size'),
         (a.points > a.updates, f'--points {a.points}: at most --updates {a.updates}'),
         (a.images and not a.data, '--images: needs --data'),

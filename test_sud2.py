@@ -1879,6 +1879,7 @@ def test_celeba_errors(celeba, tmp_path):
      (['--size', '4'], '--size 4: must be from 16'), (['--t-start', '1000'], '--t-start 1000'),
      (['--r-steps', '52'], '--r-steps 52: at most --t-start + 1 = 51'),
      (['--size', '1040'], '--size 1040: must be from'), (['--width', '20'], '--width 20'),
+     (['--seed', '1', '1000000001'], '--seed 1000000001: must be from 0 to 10^9'),
      (['--eta', '1.01'], '--eta 1.01: must be from'), (['--shift', '32'], '--shift 32: must'),
      (['--kl-range', '300', '300'], '--kl-range 300'), (['--points', '401'], '--points 401'),
      (['--kl-range', '20', '1001'], '--kl-range 20 1001: needs 0 <= first < second <= 1000'),
@@ -1904,8 +1905,8 @@ def test_flags_at_their_limits_and_what_is_made_of_them():
         return sud2.parse(text.split())
 
     a = parse('--size 1024 --t-start 999 --r-steps 1000 --eta 1 --shift 1023 --points 400 '
-              '--kl-range 0 1000 --method sud2 supervised sud2 --seed 2 0 2')
-    assert a.method == ['sud2', 'supervised'] and a.seed == [0, 2] and a.out == 'runs/inpaint'
+              '--kl-range 0 1000 --method sud2 supervised sud2 --seed 1000000000 0 0')
+    assert a.method == ['sud2', 'supervised'] and a.seed == [0, 10**9] and a.out == 'runs/inpaint'
     assert parse('--size 32 --method all --lpips-weights x y').method == [*sud2.METHODS]
     assert parse('--size 16').size == 16
     own = parse('--task custom --data x --method all')
