@@ -585,6 +585,8 @@ def scorer(run, split, prior, lpips=None, inception=None):
     def score(f):
         x_hat, z = reconstruct(run, f, split.test_y)
         small = same_size(x_hat, size)
+        if not small.isfinite().all():
+            raise ValueError('the reconstructions are not finite; try a lower learning rate')
         s = dict.fromkeys(('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'lpips', 'fd_prior', 'fid'))
         s |= {'corr_latent': metrics.correlation(z).item(),
               'corr_output': metrics.correlation(small).item()}

@@ -1429,6 +1429,8 @@ def test_scores_by_hand(tmp_path):
         np.corrcoef(y.reshape(len(y), -1))[~np.eye(len(y), dtype=bool)].mean(), abs=1e-5)
     for images in (split.test_y, list(split.test_y)):
         assert max(u.abs().max() for u in sud2.reconstruct(run, loud, images)[0]) == 1
+    with pytest.raises(ValueError, match='reconstructions are not finite; try a lower'):
+        sud2.scorer(run, split, prior)(lambda y, latent: (math.nan * y, y))
     split.test_x, split.test_y, split.test_hole = list(split.test_x), list(split.test_y), None
     several = sud2.scorer(run, split, prior)(f)
     assert several['psnr'] == pytest.approx(s['psnr']) and several['psnr_hole'] is None
