@@ -649,8 +649,9 @@ def table(methods):
         cells = []
         for c in shown:
             v, form = [s[c] for s in seeds.values() if s.get(c) is not None], COLUMNS[c][1]
-            text = f'{statistics.mean(v):{form}}' if v else '–'
-            cells.append(text + (f' ± {statistics.stdev(v):{form}}' if len(v) > 1 else ''))
+            v = torch.tensor(v, dtype=torch.float64)    # an infinite PSNR has no deviation: nan
+            cells.append((f'{v.mean():{form}}' if len(v) else '–')
+                         + (f' ± {v.std():{form}}' if len(v) > 1 else ''))
         rows.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
 

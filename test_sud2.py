@@ -1446,6 +1446,8 @@ def test_gap_closed_is_measured_from_the_best_supervised_value():
     assert methods['sud2']['0']['gap'] == 0.25 and methods['oracle']['0']['gap'] == 1
     methods['sud2']['1'] = {'psnr': 23.0}
     assert '| sud2 | 22.00 ± 1.41 | – | 25% |' in sud2.table(methods)
+    methods['sud2']['1'] = {'psnr': math.inf}
+    assert '| sud2 | inf ± nan | – | 25% |' in sud2.table(methods)
 
 
 # --------------------------------------------------------- metrics
