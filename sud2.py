@@ -1379,7 +1379,7 @@ def plan(run, split=None):
     scored, whole = sizes[3], ''
     if split and isinstance(split.test_y, list):                    # in images of --size
         scored = sum(u[0].numel() for u in split.test_y) / a.size ** 2
-        whole = f' of {scored * a.size ** 2 / 1e6:.1f} megapixels together'
+        whole = f' of {round(scored * a.size ** 2 / 1e6, 3):,} megapixels together'
     t_f = forward_minutes(run, f)
     t_prior = forward_minutes(run, prior, torch.zeros(16, dtype=torch.long, device=run.device))
     priors = 3 * a.prior_batch * (a.prior_steps * t_prior + needs_denoiser(a) * a.denoiser_steps

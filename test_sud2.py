@@ -922,7 +922,7 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     assert '2 pairs, 8 measurements, 16 clean, 12 test images\n' in capsys.readouterr().out
     assert not (tmp_path / 'run').exists()
     sud2.main(tiny(tmp_path / 'run', *flags))
-    said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.0 megapixels together\n'
+    said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.002 megapixels together\n'
     assert said in capsys.readouterr().out
 
 
