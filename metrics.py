@@ -2,7 +2,8 @@
 """Image metrics, from sud2. Copy freely; imports nothing else from this project.
 
 Images are `(B, C, H, W)` of any float type and range; `data_range` is the width of that range (2
-for [-1, 1], 1 for [0, 1], 255 for bytes as floats) and never guessed. One value an image, `(B,)`.
+for [-1, 1], 1 for [0, 1], 255 for bytes as floats) and never guessed. One value an image, `(B,)`;
+a ValueError where two images differ in shape.
 
     >>> x = torch.zeros(1, 3, 16, 16)
     >>> round(psnr(x + 0.1, x, data_range=1.0).item(), 4)
