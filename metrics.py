@@ -85,7 +85,7 @@ def frechet_distance(features_a, features_b):
     negative, no matrix root, and exact also with fewer samples than dimensions.
     Errors: fewer than two samples on a side.
     """
-    a, b = features_a.double(), features_b.double()
+    a, b = (f.to('cpu', torch.float64) for f in (features_a, features_b))   # Apple's GPUs lack it
     if min(len(a), len(b)) < 2:
         raise ValueError('the Fréchet distance needs at least two samples on each side')
     mean = (a.mean(0) - b.mean(0)).square().sum()

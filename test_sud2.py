@@ -871,7 +871,7 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     for name in ('deep/a b é.png', 'palette.png'):
         alphas = [Image.open(d / name).convert('RGBA').getchannel('A') for d in (inputs, out)]
         assert alphas[0].tobytes() == alphas[1].tobytes() and alphas[0].getextrema() != (255, 255)
-    profiles = [Image.open(out / name).info.get('icc_profile') for name in (
+    profiles = [data.open_image(out / name).info.get('icc_profile') for name in (
         'turned.jpg', 'cmyk.jpg', 'one.png')]
     assert profiles == [b'colours', None, None]
     sud2.main(sud2.parse([*ask, str(tmp_path / 'less'), '--short-side', '9', ask[0],
