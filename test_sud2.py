@@ -670,6 +670,7 @@ def test_cyclegan_pool_gives_back_old_images_half_of_the_time():
                       for v in ([before, images], [pool[0], out]))
         assert_close(there, now, msg='what comes out goes from the pool, and nothing else')
     assert 440 < given < 560
+    assert cyclegan.pooled([], torch.ones(1, 1).bfloat16(), g).dtype == torch.float32
 
 
 def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses():
@@ -759,8 +760,9 @@ def test_dehaze_runs_in_grey_and_has_no_hole(tmp_path):
         assert_close(v[0].int(), torch.from_numpy(pillow).int(), atol=1, rtol=0)
 
 
-@pytest.mark.parametrize('layout', ['O-HAZE', 'SOTS indoor', 'SOTS outdoor'])
-def test_haze_folders_are_split_by_scene(tmp_path, layout):
+@pytest.mark.parametrize('layout, tested', [
+    ('O-HAZE', [3, 5]), ('SOTS indoor', [3, 3]), ('SOTS outdoor', [3, 3])])
+def test_haze_folders_are_split_by_scene(tmp_path, layout, tested):
     names = {'O-HAZE': ('hazy/{:02d}_outdoor_hazy.JPG', 'GT/{:02d}_outdoor_GT.jpg', 1),
              'SOTS indoor': ('indoor/hazy/{}_{}.png', 'indoor/gt/{}.png', 3),
              'SOTS outdoor': ('outdoor/hazy/{:04d}_0.8_0.{}.jpg', 'outdoor/clear/{:04d}.png', 2)}
@@ -785,6 +787,7 @@ def test_haze_folders_are_split_by_scene(tmp_path, layout):
     sides = [set(scenes[i]) for i in (0, 2, 4, 5)]
     assert sum(map(len, sides)) == len(set.union(*sides)) and len(sides[0]) == 2
     assert 12 in sides[2] and len(sides[2]) == 2
+    assert scenes[6] == tested, 'always these'
     tests = data.haze_folders(tmp_path, **sizes, seed=1).test_y
     assert all(map(torch.equal, tests, split.test_y)), 'the same for every seed'
     with pytest.raises(ValueError, match='8 scenes are too few'):
@@ -834,8 +837,9 @@ def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
     assert torch.equal(cut, data.crops_of_files(files, 16, 0, 0, None))
     assert not torch.equal(cut, data.crops_of_files(files, 16, 1, 0, tmp_path / 'cache'))
     assert len(data.crops_of_files(files, 16, 0, 20, None)) == 3
-    monkeypatch.setattr(data, 'MOST_CROPS', (16, 7))
-    assert len(data.crops_of_files(files, 16, 0, 0, None)) == 6
+    for most, crops in (7, 6), (2, 3):                  # at least one of each
+        monkeypatch.setattr(data, 'MOST_CROPS', (16, most))
+        assert len(data.crops_of_files(files, 16, 0, 0, None)) == crops
     monkeypatch.undo()
     monkeypatch.setattr(data, 'read_whole', None)
     assert torch.equal(cut, data.crops_of_files(files, 16, 0, 0, tmp_path / 'cache'))
@@ -843,7 +847,7 @@ def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
 
 def test_custom_folders_train_score_and_restore(folders, tmp_path):
     """Any sizes go in; what comes out has the input's name, size and alpha, and nothing is lost."""
-    run, out = tmp_path / 'run', tmp_path / 'out'
+    run, out = tmp_path / 'run', tmp_path / 'new/out'
     sud2.main(tiny(run, '--task', 'custom', '--data', str(folders)))
     s = json.loads((run / 'metrics.json').read_text())['methods']['sud2']['0']
     assert s['psnr'] > 0 and s['ssim'] > 0 and (run / 'grid.png').exists()
@@ -856,10 +860,12 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     picture(inputs / 'turned.jpg', (30, 18), exif=exif, icc_profile=b'colours')
     Image.new('CMYK', (9, 9)).save(inputs / 'cmyk.jpg', icc_profile=b'of ink')
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(inputs / 'sixteen.png')
-    Image.open(inputs / 'deep' / 'a b é.png').quantize(64).save(inputs / 'palette.png')
+    for name, mode in ('palette', 'RGBA'), ('opaque', 'RGB'):
+        image = Image.open(inputs / 'deep' / 'a b é.png').convert(mode)
+        image.quantize(64).save(inputs / f'{name}.png')
     (inputs / 'broken.png').write_bytes(b'no picture')
     ask = ['--restore', str(inputs), '--checkpoint', str(run / 'sud2-s0.pt'), '--out']
-    with pytest.raises(ValueError, match=r'1 of 8 not restored: .*broken.png'):
+    with pytest.raises(ValueError, match=r'1 of 9 not restored: .*broken.png'):
         sud2.main(sud2.parse([*ask, str(out)]))
     sizes = {'deep/a b é.png': (31, 17), 'grey.webp': (16, 40), 'one.png': (1, 1),
              'turned.jpg': (18, 30), 'sixteen.png': (20, 20), 'palette.png': (31, 17)}
@@ -871,6 +877,7 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     for name in ('deep/a b é.png', 'palette.png'):
         alphas = [Image.open(d / name).convert('RGBA').getchannel('A') for d in (inputs, out)]
         assert alphas[0].tobytes() == alphas[1].tobytes() and alphas[0].getextrema() != (255, 255)
+    assert data.open_image(out / 'opaque.png').mode == 'RGB'
     profiles = [data.open_image(out / name).info.get('icc_profile') for name in (
         'turned.jpg', 'cmyk.jpg', 'one.png')]
     assert profiles == [b'colours', None, None]
@@ -879,7 +886,7 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     with Image.open(tmp_path / 'less' / 'a b é.png') as image:
         assert image.size == (16, 9) and image.mode == 'RGBA'
     before = (inputs / 'one.png').read_bytes()
-    with pytest.raises(ValueError, match='8 of 8 not restored: .*another --out'):
+    with pytest.raises(ValueError, match='9 of 9 not restored: .*another --out'):
         sud2.main(sud2.parse([*ask, str(inputs)]))
     assert (inputs / 'one.png').read_bytes() == before
     with pytest.raises(ValueError, match='prior.pt: made with kind prior'):
@@ -976,16 +983,28 @@ def test_custom_folders_name_what_is_wrong(folders, tmp_path, case, message):
 
 
 def test_tiles_of_a_large_image_leave_no_seams():
-    """With the identity for f, tiles fade into one another to give the image back."""
+    """With the identity for f, tiles fade into one another to give the image back; where they
+    differ by 1 no two pixels beside each other do by more than a tenth."""
     class Identity(torch.nn.Module):
         factor = 4
 
         def forward(self, y):
             assert y.shape[2] % 4 == 0 and y.shape[3] % 4 == 0 and max(y.shape) <= 64
             return y
+
+    class Alternating(Identity):
+        tiles = 0
+
+        def forward(self, y):
+            self.tiles += 1
+            return torch.full_like(y, self.tiles % 2)
     run = sud2.Setup(sud2.parse(['--precision', 'fp32']))
     y = 2 * torch.rand(1, 3, 150, 99) - 1
     assert_close(sud2.whole(run, Identity(), y, tile=64, overlap=16), y)
+    for shape in (64, 112), (112, 64):
+        x_hat = sud2.whole(run, Alternating(), torch.zeros(1, 3, *shape), tile=64, overlap=16)
+        assert x_hat.amin() == 0 and x_hat.amax() == 1
+        assert max(x_hat.diff(dim=d).abs().max() for d in (2, 3)) < .1
 
 
 def test_a_foreign_diffusion_model_supervises_f(tmp_path):
@@ -1044,15 +1063,16 @@ def test_several_seeds_have_other_pairs_one_prior_and_the_first_ones_pictures(
         finished, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(sud2, 'grid', lambda rows, path: shown.append(rows))
-    for seeds in ['0'], ['0', '1']:
-        out = tmp_path / str(len(seeds))
+    for seeds in ['1'], ['0'], ['0', '1']:
+        out = tmp_path / '-'.join(seeds)
         sud2.main(tiny(out, '--method', 'supervised', '--seed', *seeds))
-    for name, part in ('prior.pt', 'ema'), ('supervised-s0.pt', 'f'):
-        one, other = (weights(there / name, part) for there in (finished, out))
-        assert all(torch.equal(one[k], other[k]) for k in one), 'as without the second seed'
+    for alone, name, part in ((finished, 'prior.pt', 'ema'), (finished, 'supervised-s0.pt', 'f'),
+                              (tmp_path / '1', 'supervised-s1.pt', 'f')):
+        one, other = (weights(there / name, part) for there in (alone, out))
+        assert all(torch.equal(one[k], other[k]) for k in one), 'as without the other seed'
     one, other = weights(out / 'supervised-s0.pt'), weights(out / 'supervised-s1.pt')
     assert not any(torch.equal(one[k], other[k]) for k in one if one[k].dim() == 4)
-    assert all(torch.equal(u, v) for u, v in zip(*(rows['supervised'] for rows in shown)))
+    assert all(torch.equal(u, v) for u, v in zip(*(rows['supervised'] for rows in shown[1:])))
     scores = json.loads((out / 'metrics.json').read_text())['methods']['supervised']
     assert scores['0']['psnr'] != scores['1']['psnr']
     assert '±' in (out / 'table.md').read_text()
@@ -1164,7 +1184,9 @@ def test_the_grid_shows_each_image_in_its_row_and_column(tmp_path, size, side):
         assert (seen[8 + side + side // 2, x] == 100 + 10 * c).all(), 'the second row'
     red = np.argwhere((seen == [255, 0, 0]).all(2)) - [8 + side, left + 3 * (side + 4)]
     assert red.min(0).tolist() == [0, 0] and abs(red.max(0) - (side // 4 - 1)).max() <= 1
-    assert (seen[:, :left] < 128).any(), 'the labels'
+    for r in range(2):                                  # a label at half of its row's height
+        ink = np.argwhere(seen[4 + r * (side + 4):][:side, :left] < 128)
+        assert abs((ink[:, 0].min() + ink[:, 0].max()) / 2 - side / 2) < 4
 
 
 def test_ticks_are_round_and_span_the_values():
@@ -1322,7 +1344,7 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
     torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, tmp_path / 'part.pt')
     monkeypatch.setattr(time, 'monotonic', iter(range(0, 100, 2)).__next__)
     sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})
-    assert saved[-1] == (12, 106) and '0.5/s' in capsys.readouterr().out, 'it goes on at the 10th'
+    assert saved[-1] == (12, 106) and '  0.5/s' in capsys.readouterr().out, 'it goes on at the 10th'
 
 
 def test_another_runs_prior_serves(finished, tmp_path):
@@ -1852,8 +1874,10 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
 
 def test_celeba_errors(celeba, tmp_path):
     sizes = dict(size=16, pairs=2, measurements=3, clean=1, test=3, seed=0)
-    with pytest.raises(ValueError, match='not CelebAMask-HQ'):
-        data.celeba_mask_hq(tmp_path, **sizes)
+    for half in 'CelebA-HQ-img', 'CelebAMask-HQ-mask-anno':
+        (tmp_path / half / half).mkdir(parents=True)
+        with pytest.raises(ValueError, match='not CelebAMask-HQ'):
+            data.celeba_mask_hq(tmp_path / half, **sizes)
     with pytest.raises(ValueError, match='holds 10 images.*need 57'):
         data.celeba_mask_hq(celeba, **{**sizes, 'clean': 49})
     with pytest.raises(ValueError, match='no such folder'):
@@ -2023,6 +2047,15 @@ def test_a_stop_waits_for_the_end_of_an_update_but_not_twice(monkeypatch):
         acts_at_once()
         sud2.Stop.asked = False
     acts_at_once()
+
+
+def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
+    monkeypatch.setattr(sud2.Group, 'world', 2)
+    for theirs in False, True:
+        monkeypatch.setattr(torch.distributed, 'all_gather_object',
+                            lambda flags, own, theirs=theirs: flags.__setitem__(
+                                slice(None), [own, theirs]))
+        assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
 
 
 def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
