@@ -1334,7 +1334,7 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
     run, saved = sud2.Setup(tiny(tmp_path, '--save-every', '8')), []
     monkeypatch.setattr(sud2, 'save', lambda path, value: saved.append(
         (value['step'], value['seconds'])))
-    monkeypatch.setattr(time, 'monotonic', iter(range(0, 100, 2)).__next__)
+    monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
     sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})
     assert saved == [(5, 10), (10, 22), (12, 28)]
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -1342,7 +1342,7 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
         ('3/12', '0.5/s', '18'), ('6/12', '0.4/s', '14'), ('9/12', '0.5/s', '7'),
         ('11/12', '0.4/s', '2'), ('12/12', '0.4/s', '0')]
     torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, tmp_path / 'part.pt')
-    monkeypatch.setattr(time, 'monotonic', iter(range(0, 100, 2)).__next__)
+    monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
     sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})
     assert saved[-1] == (12, 106) and '  0.5/s' in capsys.readouterr().out, 'it goes on at the 10th'
 
