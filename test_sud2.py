@@ -787,6 +787,8 @@ def test_haze_folders_are_split_by_scene(tmp_path, layout, tested):
     sides = [set(scenes[i]) for i in (0, 2, 4, 5)]
     assert sum(map(len, sides)) == len(set.union(*sides)) and len(sides[0]) == 2
     assert 12 in sides[2] and len(sides[2]) == 2
+    clean = data.haze_folders(tmp_path, 16, 1, 1, 2, 1, seed=0).images
+    assert len({u[0, 0, 0].item() // 18 for u in clean}) == 2, 'each of another scene'
     assert scenes[6] == tested, 'always these'
     tests = data.haze_folders(tmp_path, **sizes, seed=1).test_y
     assert all(map(torch.equal, tests, split.test_y)), 'the same for every seed'
@@ -1331,7 +1333,7 @@ def test_an_update_is_recorded_once_for_each_choice(monkeypatch):
 
 def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys):
     """Of 12 updates of two seconds, as a save takes: a line after more than 5, a save after 8."""
-    run, saved = sud2.Setup(tiny(tmp_path, '--save-every', '8')), []
+    run, saved = sud2.Setup(tiny(tmp_path / 'new', '--save-every', '8')), []
     monkeypatch.setattr(sud2, 'save', lambda path, value: saved.append(
         (value['step'], value['seconds'])))
     monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
@@ -1341,7 +1343,7 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
     assert [(line[1], *line[-4:-2]) for line in said] == [
         ('3/12', '0.5/s', '18'), ('6/12', '0.4/s', '14'), ('9/12', '0.5/s', '7'),
         ('11/12', '0.4/s', '2'), ('12/12', '0.4/s', '0')]
-    torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, tmp_path / 'part.pt')
+    torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, run.out / 'part.pt')
     monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
     sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})
     assert saved[-1] == (12, 106) and '  0.5/s' in capsys.readouterr().out, 'it goes on at the 10th'
@@ -1786,6 +1788,11 @@ def test_embedded_split_is_disjoint_and_keeps_images_and_test_over_seeds():
     assert len(everything) == len(everything.unique(dim=0)) == 3 + 5 + 6 + 4 + 4
     assert torch.equal(a.measurements[a.measurements != 128],
                        a.measurements_x[a.measurements != 128])
+    d = data.embedded('dehaze', **sizes, seed=0)
+    for split, pictures in (a, data.draw_faces), (d, data.draw_scenes):
+        assert torch.equal(split.images, pictures(6, 16, seed=0)[0]), 'the clean side'
+        assert torch.equal(split.test_x, pictures(4, 16, seed=1)[0])
+    assert torch.equal(d.test_y, data.draw_scenes(4, 16, seed=1)[1])
 
 
 def test_bytes_and_floats():
@@ -1835,6 +1842,7 @@ def test_celeba_layout(celeba, tmp_path):
     more = picture(tmp_path / 'more' / '1.png', seed=1)
     tested = data.celeba_mask_hq(celeba, clean=2, images=tmp_path / 'more', **sizes)
     assert not set(tested.test_x[:, 0, 0, 0].tolist()) & set(greys.tolist())
+    assert tested.test_x[:, 0, 0, 0].tolist() == [80, 120, 40], 'always these'
     assert len(tested.images) == 2
     assert (tested.images[1].permute(1, 2, 0).numpy() == data.read_square(more, 16)).all()
     assert s.measurements.shape == (3, 3, 16, 16)

@@ -136,6 +136,20 @@ MUTATIONS = [
     ('sud2.py', 'box[3] - (y - ys[0])', 'box[3] - (y + ys[0])'),
     ('sud2.py', '4 + r * (side + 4)))', '5 + r * (side + 4)))'),
     ('sud2.py', 'grey=a.channels == 1', 'grey=a.channels == 2'),
+    ('sud2.py', 'if seed != a.seed[0]:', 'if seed == a.seed[0]:'),
+    ('sud2.py', 'rows[:, None] * cols', 'rows[:, None] / cols'),
+    ('sud2.py', '(now - began), numbers', '(now + began), numbers'),
+    ('sud2.py', 'torch.distributed.all_gather_object(flags, flag)', 'pass'),
+    ('sud2.py', "4 + r * (side + 4) + side / 2), name", "4 + r * (side - 4) + side / 2), name"),
+    ('data.py', 'take(clean - len(more), views=1)', 'take(clean - len(more), views=2)'),
+    ('data.py', 'max(1, of_all //', 'max(2, of_all //'),
+    ('data.py', 'default_rng(0).permutation(len(scenes))', 'default_rng(1).permutation(len(scenes))'),
+    ('data.py', 'if not folder.is_dir() or not', 'if not folder.is_dir() and not'),
+    ('cyclegan.py', 'images.detach().float(), generator', 'images.detach(), generator'),
+    ('data.py', 'images = degraded(clean, 0)[0]', 'images = degraded(clean, 0)[1]'),
+    ('data.py', 'images = degraded(clean, 0)[0]', 'images = degraded(clean, 1)[0]'),
+    ('data.py', 'default_rng(0).permutation(numbers)', 'default_rng(1).permutation(numbers)'),
+    ('sud2.py', 'run.out.mkdir(parents=True, exist_ok=True)', 'pass'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
