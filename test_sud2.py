@@ -852,7 +852,7 @@ def test_custom_folders_train_score_and_restore(folders, tmp_path):
     run, out = tmp_path / 'run', tmp_path / 'new/out'
     sud2.main(tiny(run, '--task', 'custom', '--data', str(folders)))
     s = json.loads((run / 'metrics.json').read_text())['methods']['sud2']['0']
-    assert s['psnr'] > 0 and s['ssim'] > 0 and (run / 'grid.png').exists()
+    assert s['psnr'] > 0 and s['ssim'] > 0 and s['fd_prior'] > 0 and (run / 'grid.png').exists()
     inputs = tmp_path / 'in'
     picture(inputs / 'deep' / 'a b é.png', (31, 17), mode='RGBA')
     picture(inputs / 'grey.webp', (16, 40), mode='L')
@@ -1878,6 +1878,15 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
     with pytest.raises(ValueError, match='1.png: not a readable image'):
         data.read_squares(files, 16, cache)
     assert len(list(cache.glob('*.npy'))) == 2, 'half a file does not count'
+
+
+def test_each_task_reads_its_own_layout(tmp_path):
+    (tmp_path / 'other').mkdir()
+    for task, message in (('inpaint', 'not CelebAMask-HQ'), ('dehaze', 'no folder hazy'),
+                          ('custom', 'paired/x: no such folder')):
+        a = tiny(tmp_path / 'run', '--task', task, '--data', str(tmp_path / 'other'))
+        with pytest.raises(ValueError, match=message):
+            sud2.load_split(a, 0)
 
 
 def test_celeba_errors(celeba, tmp_path):

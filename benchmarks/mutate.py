@@ -150,6 +150,8 @@ MUTATIONS = [
     ('data.py', 'images = degraded(clean, 0)[0]', 'images = degraded(clean, 1)[0]'),
     ('data.py', 'default_rng(0).permutation(numbers)', 'default_rng(1).permutation(numbers)'),
     ('sud2.py', 'run.out.mkdir(parents=True, exist_ok=True)', 'pass'),
+    ('sud2.py', "elif a.task == 'dehaze':", "elif a.task != 'dehaze':"),
+    ('sud2.py', 'if len(x) > 1:   ', 'if len(x) > 2:   '),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
