@@ -1400,6 +1400,17 @@ def test_learning_rate_and_batches():
     assert flip.float().mean().item() == pytest.approx(.5, abs=.02)
 
 
+def test_what_the_priors_are_trained_with(tmp_path, monkeypatch):
+    """Their own learning rate, and an average of weights that forgets the first ones soon."""
+    run = sud2.Setup(tiny(tmp_path, '--prior-lr', '.5', '--prior-steps', '3000',
+                          '--denoiser-steps', '1000'))
+    monkeypatch.setattr(sud2, 'fit', lambda run, name, parts, update, schedule, *_: schedule)
+    for which, middle in ('prior', 1500), ('denoiser', 500):
+        schedule = sud2.train_prior(run, None, which)[1]
+        assert schedule(middle)['lr'] == pytest.approx(.25)
+        assert [schedule(k)['decay'] for k in (0, 8, 10 ** 5)] == [.1, .5, .995]
+
+
 def test_times_are_uniform_for_d_f_and_log_normal_for_the_prior(tmp_path, monkeypatch):
     t = sud2.draw_times(20, 500, 10000, torch.Generator().manual_seed(0), 'cpu')
     assert (t.min(), t.max()) == (20, 499) and t.double().mean() == pytest.approx(260, abs=5)
