@@ -823,6 +823,9 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
         image.crop((2, 1, 38, 29)).save(tmp_path / 'y.png')
     u, v = data.read_pair(tmp_path / 'x.png', tmp_path / 'y.png', 16)
     assert torch.equal(u, v) and u.shape == (3, 28, 36)
+    picture(tmp_path / 'narrow.png', (30, 30))
+    with pytest.raises(ValueError, match='narrow.png: 30 x 30, but .*x.png is 40 x 30'):
+        data.read_pair(tmp_path / 'x.png', tmp_path / 'narrow.png', 16)
     assert data.read_whole(tmp_path / 'x.png', 16, short_side=20).shape == (3, 20, 27)
     small = [(a[k], b[k]) for k in range(3)]
     assert torch.equal(data.scored(small, 16)[1], b[:3])
@@ -1403,9 +1406,9 @@ def test_learning_rate_and_batches():
 def test_what_the_priors_are_trained_with(tmp_path, monkeypatch):
     """Their own learning rate, and an average of weights that forgets the first ones soon."""
     run = sud2.Setup(tiny(tmp_path, '--prior-lr', '.5', '--prior-steps', '3000',
-                          '--denoiser-steps', '1000'))
+                          '--denoiser-steps', '1200'))
     monkeypatch.setattr(sud2, 'fit', lambda run, name, parts, update, schedule, *_: schedule)
-    for which, middle in ('prior', 1500), ('denoiser', 500):
+    for which, middle in ('prior', 1500), ('denoiser', 600):
         schedule = sud2.train_prior(run, None, which)[1]
         assert schedule(middle)['lr'] == pytest.approx(.25)
         assert [schedule(k)['decay'] for k in (0, 8, 10 ** 5)] == [.1, .5, .995]
