@@ -927,6 +927,14 @@ def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_p
     assert (tmp_path / 'run/grid.png').exists() and (tmp_path / 'run/curves.png').exists()
 
 
+def test_own_pairs_go_by_the_seed_and_own_tests_do_not(folders):
+    splits = [data.custom_folders(folders, 16, pairs=1, measurements=4, clean=4, test=1, seed=s)
+              for s in range(4)]
+    tests, pairs = ([getattr(s, side)[0].float().mean().item() for s in splits]
+                    for side in ('test_x', 'pairs_x'))
+    assert len(set(tests)) == 1 and len(set(pairs)) > 1
+
+
 def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     """By the flags before anything is read, then by what the folders hold."""
     flags = '--task', 'custom', '--data', str(folders), '--method', 'supervised'
