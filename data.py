@@ -928,9 +928,16 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
     """
     root, rng = Path(root), np.random.default_rng(seed)
 
+    def named(below):
+        names = {}
+        for f in image_files(below):
+            name = str(f.relative_to(below).with_suffix(''))
+            if names.setdefault(name, f) != f:
+                raise ValueError(f'{f}: has the name of {names[name]}; pairs go by names')
+        return names
+
     def matched(folder, most):
-        xs, ys = ({str(f.relative_to(below).with_suffix('')): f for f in image_files(below)}
-                  for below in (root / folder / 'x', root / folder / 'y'))
+        xs, ys = named(root / folder / 'x'), named(root / folder / 'y')
         for one, other, side in ((xs, ys, 'y'), (ys, xs, 'x')):
             for name in sorted(one.keys() - other.keys()):
                 raise ValueError(f'{one[name]}: has no partner in {root / folder / side}')

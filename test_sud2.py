@@ -972,6 +972,8 @@ def broken_folders(folders, case):
         picture(folders / 'paired/y/0.png', (64, 64))
     elif case == 'no y':
         (folders / 'paired/y/1.png').unlink()
+    elif case == 'twice':
+        picture(folders / 'paired/y/1.jpg')
     elif case == 'broken':
         (folders / 'measurements/m2.png').write_bytes(b'x')
     elif case == 'mixed':
@@ -986,6 +988,7 @@ def broken_folders(folders, case):
 
 @pytest.mark.parametrize('case, message', [
     ('sizes', 'paired/y/0.png: 64 x 64'), ('no y', 'paired/x/1.png: has no partner'),
+    ('twice', 'y/1.png: has the name of .*y/1.jpg'),
     ('broken', 'm2.png: not a readable image'), ('small', 'm0.png: 1 x 1 is less'),
     ('mixed', 'c1.jpg: grey, but --channels 3 needs colour images'),
     ('huge', 'c9.png: .*400000000 pixels'), ('none', 'paired/x: no such folder')])
