@@ -659,7 +659,8 @@ def table(methods):
 def grid(rows, path, columns=10):
     """Labelled rows of images: name -> uint8 (C, H, W) each; small ones are enlarged."""
     first = next(iter(rows.values()))
-    side = max(1, 96 // first[0].shape[1]) * min(256, first[0].shape[1])
+    size = min(256, first[0].shape[1])
+    side = math.ceil(96 / size) * size
     font, columns = ImageFont.load_default(16), min(columns, len(first))
     left = 16 + max(int(font.getlength(name)) for name in rows)
     sheet = Image.new('RGB', (left + columns * (side + 4), len(rows) * (side + 4) + 4), 'white')
