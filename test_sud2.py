@@ -1134,7 +1134,7 @@ def test_shift_moves_both_of_a_pair_alike():
 def test_the_readmes_summary_is_that_of_the_results():
     """A row: supervised, last and best, then PSNR (gain over that best, ratio of distances)."""
     rows = re.findall(r'^\| [^|]* \| [^|]*, best .*$', (HERE / 'README.md').read_text(), re.M)
-    names = ('inpaint-faces', 'inpaint-faces-other-seeds', 'inpaint-celeba',
+    names = ('inpaint-faces', 'inpaint-faces-other-seeds', 'inpaint-faces-64', 'inpaint-celeba',
              'inpaint-celeba-other-seeds', 'inpaint-celeba-64', 'dehaze-scenes',
              'dehaze-scenes-other-seeds')
     for name, row in zip(names, rows, strict=True):
@@ -1155,7 +1155,7 @@ def test_tables_are_those_of_the_results():
     for name in ('inpaint-faces', 'inpaint-celeba', 'dehaze-scenes', 'celeba-ladder',
                  'inpaint-celeba-2000', 'inpaint-celeba-constant', 'inpaint-celeba-64',
                  'inpaint-celeba-64-2000', 'inpaint-faces-gpu', 'inpaint-faces-other-seeds',
-                 'inpaint-celeba-other-seeds', 'dehaze-scenes-other-seeds'):
+                 'inpaint-celeba-other-seeds', 'dehaze-scenes-other-seeds', 'inpaint-faces-64'):
         methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
         assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
     sys.path.insert(0, str(HERE / 'benchmarks'))
