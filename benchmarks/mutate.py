@@ -152,6 +152,8 @@ MUTATIONS = [
     ('sud2.py', 'run.out.mkdir(parents=True, exist_ok=True)', 'pass'),
     ('sud2.py', "elif a.task == 'dehaze':", "elif a.task != 'dehaze':"),
     ('sud2.py', 'if len(x) > 1:   ', 'if len(x) > 2:   '),
+    ('data.py', 'names.setdefault(name, f) != f', 'names.setdefault(name, f) is None'),
+    ('sud2.py', 'math.ceil(96 / size)', '96 // size'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
