@@ -156,7 +156,7 @@ def train(run, method, seed, split, models, score):
     most, lam2, lam3 = weights = (m.times * a.lam1 if m.lam1 is None else m.lam1,
                                   a.lam2 if m.reg else 0, a.lam3 if m.clean else 0)
     f = run.net(seed, residual=True)                                # Dev. 6
-    opt = Muon(f, a.lr)                                             # Dev. 9
+    mean, opt = copy.deepcopy(f).requires_grad_(False), Muon(f, a.lr)       # Dev. 9
     paired, curve = generators(100 * seed, run.device)[0], []
     unpaired = Unpaired(run, m, seed, split, models, f)
 
@@ -164,10 +164,11 @@ def train(run, method, seed, split, models, score):
         falls = learning_rate(step, a.updates)
         ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
         return {'lr': a.lr * falls, 'decay': teacher_decay(step),
+                'keeps': mean_decay(step, a.average_from),
                 'lam1': ramp * (falls if m.label in ENDLESS else 1) * most,     # Dev. 10
                 'with_unpaired': bool(m.label and any(weights) and step >= a.warmup)}
 
-    def update(lr, decay, lam1, with_unpaired):
+    def update(lr, decay, keeps, lam1, with_unpaired):
         x, y = pairs_batch(run, split, paired)
         with run.amp():
             x_hat = f(y)
@@ -178,14 +179,19 @@ def train(run, method, seed, split, models, score):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
+        ddpm.ema_update(mean, f, keeps)                             # Dev. 11
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
 
-    parts = {'f': f, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
+    def after(step):
+        note_score(a, curve, step, a.updates, score, mean)
+        if step == a.updates - 1:
+            f.load_state_dict(mean.state_dict())
+
+    parts = {'f': f, 'mean': mean, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
     seconds = fit(run, f'{method}-s{seed}', parts, recorded(update, parts, run.device), schedule,
-                  a.updates, ['f', 'curve'], {'kind': 'reconstructor', 'method': method},
-                  lambda step: note_score(a, curve, step, a.updates, score, f))
+                  a.updates, ['f', 'curve'], {'kind': 'reconstructor', 'method': method}, after)
     return f, curve, seconds
 
 
@@ -304,6 +310,12 @@ def ramp_up(step, length):
 def teacher_decay(step):
     """Decay of the mean teacher's weights (Tarvainen & Valpola 2017): their mean at first."""
     return min(1 - 1 / (step + 1), .999)
+
+
+def mean_decay(step, first):
+    """Decay that makes an average the mean of f's weights after the updates from `first` on, all
+    of them alike, and f's own before."""
+    return 1 - 1 / max(1, step + 2 - first)
 
 
 def pairs_batch(run, split, g):
@@ -1256,6 +1268,8 @@ def flags_of_the_method(p):
     g.add_argument('--warmup', type=zero, default=60, help='first updates on the pairs alone')
     g.add_argument('--batch', type=count, default=16,
                    help='measurements, and at most pairs, an update')
+    g.add_argument('--average-from', type=count, default=400,
+                   help="update from which on f's weights are averaged")
     g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')

@@ -40,8 +40,8 @@ HERE = Path(__file__).parent
 ACP = ddpm.alphas_cumprod()
 TINY = ['--size', '16', '--pairs', '2', '--measurements', '8', '--clean', '16', '--test', '12',
         '--width', '16', '--batch', '4', '--prior-batch', '4', '--prior-steps', '3',
-        '--denoiser-steps', '3', '--updates', '6', '--warmup', '2', '--points', '2', '--gan-steps',
-        '6', '--gan-batch', '2', '--device', 'cpu']
+        '--denoiser-steps', '3', '--updates', '6', '--average-from', '4', '--warmup', '2',
+        '--points', '2', '--gan-steps', '6', '--gan-batch', '2', '--device', 'cpu']
 
 
 def tiny(out, *flags):
@@ -592,6 +592,24 @@ def test_temporal_ensemble_is_the_bias_corrected_average():
         assert_close(ensemble.Z[0], 0.4 * many[-1])
     assert sud2.ramp_up(0, 10) == pytest.approx(math.exp(-5)) and sud2.ramp_up(10, 10) == 1
     assert [sud2.teacher_decay(k) for k in (0, 1, 3, 10**6)] == [0, 0.5, 0.75, 0.999]
+
+
+def test_f_is_the_mean_of_its_weights_from_an_update_on(tmp_path, monkeypatch):
+    """Of 6 updates, from the third: both what is scored on the way and what train returns."""
+    run = sud2.Setup(tiny(tmp_path, '--points', '6', '--average-from', '3'))
+    trained, scored, descend = [], [], sud2.descend
+
+    def weights(f):
+        return torch.cat([p.detach().flatten() for p in f.parameters()])
+    monkeypatch.setattr(sud2, 'descend', lambda loss, net, opt, lr: (
+        descend(loss, net, opt, lr), trained.append(weights(net))))
+    split = sud2.load_split(run.a, 0)
+    f, _, _ = sud2.train(run, 'supervised', 0, split, None,
+                         lambda f: scored.append(weights(f)) or {})
+    means = trained[:2] + [torch.stack(trained[2:k]).mean(0) for k in range(3, 7)]
+    assert_close(torch.stack(scored), torch.stack(means), rtol=0, atol=1e-6)
+    assert_close(weights(f), means[-1], rtol=0, atol=1e-6)
+    assert_close(torch.stack(scored[:3]), torch.stack(trained[:3]), rtol=0, atol=0)
 
 
 def test_cyclegan_has_the_original_sizes_and_fits_small_images():
@@ -2045,6 +2063,8 @@ def test_equation_index():
         assert rows[key] == where, f'README says {rows[key]} of {key}, the code {where}'
     for key, where in rows.items():
         assert where == 'test only' or any(where == w for w in tags.values())
+    deviations = re.findall(r'Dev\. (\d+)', (HERE / 'sud2.py').read_text())
+    assert sorted(deviations, key=int) == re.findall(r'^\| (\d+) \|', readme, re.M)
     for test in re.findall(r'`(test_\w+)`', readme):
         assert test in globals(), f'README names {test}, which is not there'
 
