@@ -179,19 +179,16 @@ def train(run, method, seed, split, models, score):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
-        ddpm.ema_update(mean, f, keeps)                             # Dev. 11
+        ddpm.ema_update(mean, f, keeps)
+        ddpm.ema_update(f, mean, .97)                               # Dev. 11
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
 
-    def after(step):
-        note_score(a, curve, step, a.updates, score, mean)
-        if step == a.updates - 1:
-            f.load_state_dict(mean.state_dict())
-
     parts = {'f': f, 'mean': mean, 'opt': opt, 'paired': paired, 'curve': curve, **unpaired.parts}
     seconds = fit(run, f'{method}-s{seed}', parts, recorded(update, parts, run.device), schedule,
-                  a.updates, ['f', 'curve'], {'kind': 'reconstructor', 'method': method}, after)
+                  a.updates, ['f', 'curve'], {'kind': 'reconstructor', 'method': method},
+                  lambda step: note_score(a, curve, step, a.updates, score, f))
     return f, curve, seconds
 
 
@@ -313,8 +310,8 @@ def teacher_decay(step):
 
 
 def mean_decay(step, first):
-    """Decay that makes an average the mean of f's weights after the updates from `first` on, all
-    of them alike, and f's own before."""
+    """Decay that makes an average the mean of the weights that f had after the updates from `first`
+    on; before, it is f's own, so that to be drawn to it changes nothing."""
     return 1 - 1 / max(1, step + 2 - first)
 
 
@@ -1269,7 +1266,7 @@ def flags_of_the_method(p):
     g.add_argument('--batch', type=count, default=16,
                    help='measurements, and at most pairs, an update')
     g.add_argument('--average-from', type=count, default=400,
-                   help="update from which on f's weights are averaged")
+                   help='update from which on f is drawn to the mean of its weights')
     g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')

@@ -594,22 +594,25 @@ def test_temporal_ensemble_is_the_bias_corrected_average():
     assert [sud2.teacher_decay(k) for k in (0, 1, 3, 10**6)] == [0, 0.5, 0.75, 0.999]
 
 
-def test_f_is_the_mean_of_its_weights_from_an_update_on(tmp_path, monkeypatch):
-    """Of 6 updates, from the third: both what is scored on the way and what train returns."""
+def test_f_is_drawn_to_the_mean_of_its_weights_from_an_update_on(tmp_path, monkeypatch):
+    """In 6 updates, from the third on, by three hundredths each time: scored and returned is that
+    f, and the next update begins from it."""
     run = sud2.Setup(tiny(tmp_path, '--points', '6', '--average-from', '3'))
-    trained, scored, descend = [], [], sud2.descend
+    began, ended, scored, descend = [], [], [], sud2.descend
 
     def weights(f):
         return torch.cat([p.detach().flatten() for p in f.parameters()])
     monkeypatch.setattr(sud2, 'descend', lambda loss, net, opt, lr: (
-        descend(loss, net, opt, lr), trained.append(weights(net))))
+        began.append(weights(net)), descend(loss, net, opt, lr), ended.append(weights(net))))
     split = sud2.load_split(run.a, 0)
     f, _, _ = sud2.train(run, 'supervised', 0, split, None,
                          lambda f: scored.append(weights(f)) or {})
-    means = trained[:2] + [torch.stack(trained[2:k]).mean(0) for k in range(3, 7)]
-    assert_close(torch.stack(scored), torch.stack(means), rtol=0, atol=1e-6)
-    assert_close(weights(f), means[-1], rtol=0, atol=1e-6)
-    assert_close(torch.stack(scored[:3]), torch.stack(trained[:3]), rtol=0, atol=0)
+    means = [torch.stack(ended[2:k]).mean(0) for k in range(3, 7)]
+    drawn = [*ended[:3], *(.97 * w + .03 * mean for w, mean in zip(ended[3:], means[1:]))]
+    assert_close(torch.stack(scored), torch.stack(drawn), rtol=0, atol=1e-6)
+    assert_close(torch.stack(began[1:]), torch.stack(scored[:-1]), rtol=0, atol=0)
+    assert_close(torch.stack(scored[:3]), torch.stack(ended[:3]), rtol=0, atol=0)
+    assert_close(weights(f), scored[-1], rtol=0, atol=0)
 
 
 def test_cyclegan_has_the_original_sizes_and_fits_small_images():
