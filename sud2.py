@@ -156,7 +156,8 @@ def train(run, method, seed, split, models, score):
     most, lam2, lam3 = weights = (m.times * a.lam1 if m.lam1 is None else m.lam1,
                                   a.lam2 if m.reg else 0, a.lam3 if m.clean else 0)
     f = run.net(seed, residual=True)                                # Dev. 6
-    mean, opt = copy.deepcopy(f).requires_grad_(False), Muon(f, a.lr)       # Dev. 9
+    opt = Muon(f, a.lr)                                             # Dev. 9
+    mean = copy.deepcopy(f).requires_grad_(False)                   # of its weights over updates
     paired, curve = generators(100 * seed, run.device)[0], []
     unpaired = Unpaired(run, m, seed, split, models, f)
 
@@ -180,7 +181,7 @@ def train(run, method, seed, split, models, score):
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
         ddpm.ema_update(mean, f, keeps)
-        ddpm.ema_update(f, mean, .97)                               # Dev. 11
+        ddpm.ema_update(f, mean, .97)       # Dev. 11: however small the gradient, steps are long
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
