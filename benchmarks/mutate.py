@@ -157,7 +157,7 @@ MUTATIONS = [
     ('sud2.py', 'max(1, step + 2 - first)', 'max(1, step + 1 - first)'),
     ('sud2.py', 'ema_update(mean, f, keeps)', 'ema_update(mean, f, decay)'),
     ('sud2.py', 'ema_update(f, mean, .97)', 'ema_update(f, mean, .03)'),
-    ('sud2.py', 'ema_update(f, mean, .97)', 'pass'),
+    ('sud2.py', 'ddpm.ema_update(f, mean, .97)', 'pass'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
