@@ -157,7 +157,7 @@ def train(run, method, seed, split, models, score):
                                   a.lam2 if m.reg else 0, a.lam3 if m.clean else 0)
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = Muon(f, a.lr)                                             # Dev. 9
-    mean = copy.deepcopy(f).requires_grad_(False)                   # of its weights over updates
+    mean = copy.deepcopy(f).requires_grad_(False)                   # of its weights, in time
     paired, curve = generators(100 * seed, run.device)[0], []
     unpaired = Unpaired(run, m, seed, split, models, f)
 
@@ -180,8 +180,9 @@ def train(run, method, seed, split, models, score):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
-        ddpm.ema_update(mean, f, keeps)
-        ddpm.ema_update(f, mean, .97)       # Dev. 11: however small the gradient, steps are long
+        if m.clean != 'g(x_u)':     # g holds f; else f wanders, for Muon's steps are always long
+            ddpm.ema_update(mean, f, keeps)
+            ddpm.ema_update(f, mean, .97)                           # Dev. 11
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
@@ -1267,7 +1268,7 @@ def flags_of_the_method(p):
     g.add_argument('--batch', type=count, default=16,
                    help='measurements, and at most pairs, an update')
     g.add_argument('--average-from', type=count, default=400,
-                   help='update from which on f is drawn to the mean of its weights')
+                   help='from this update on f is drawn to its mean, not in sud2-kl+g')
     g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
     g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
     g.add_argument('--prior-steps', type=count, default=2000, help='training steps of the DDPM')

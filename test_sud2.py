@@ -594,21 +594,29 @@ def test_temporal_ensemble_is_the_bias_corrected_average():
     assert [sud2.teacher_decay(k) for k in (0, 1, 3, 10**6)] == [0, 0.5, 0.75, 0.999]
 
 
-def test_f_is_drawn_to_the_mean_of_its_weights_from_an_update_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize('method, share', [('supervised', .03), ('sud2-kl+g', 0)])
+def test_f_is_drawn_to_the_mean_of_its_weights_from_an_update_on(
+        tmp_path, monkeypatch, method, share):
     """In 6 updates, from the third on, by three hundredths each time: scored and returned is that
-    f, and the next update begins from it."""
+    f, and the next update begins from it. With g it is left alone."""
     run = sud2.Setup(tiny(tmp_path, '--points', '6', '--average-from', '3'))
     began, ended, scored, descend = [], [], [], sud2.descend
 
     def weights(f):
         return torch.cat([p.detach().flatten() for p in f.parameters()])
-    monkeypatch.setattr(sud2, 'descend', lambda loss, net, opt, lr: (
-        began.append(weights(net)), descend(loss, net, opt, lr), ended.append(weights(net))))
-    split = sud2.load_split(run.a, 0)
-    f, _, _ = sud2.train(run, 'supervised', 0, split, None,
+
+    def recorded(loss, net, opt, lr):
+        of_f = net.residual
+        began.extend([weights(net)] * of_f)
+        descend(loss, net, opt, lr)
+        ended.extend([weights(net)] * of_f)
+    monkeypatch.setattr(sud2, 'descend', recorded)
+    split, models = sud2.load_split(run.a, 0), sud2.Models(run.net(0, time=True))
+    f, _, _ = sud2.train(run, method, 0, split, models,
                          lambda f: scored.append(weights(f)) or {})
     means = [torch.stack(ended[2:k]).mean(0) for k in range(3, 7)]
-    drawn = [*ended[:3], *(.97 * w + .03 * mean for w, mean in zip(ended[3:], means[1:]))]
+    drawn = [*ended[:3], *((1 - share) * w + share * mean
+                           for w, mean in zip(ended[3:], means[1:]))]
     assert_close(torch.stack(scored), torch.stack(drawn), rtol=0, atol=1e-6)
     assert_close(torch.stack(began[1:]), torch.stack(scored[:-1]), rtol=0, atol=0)
     assert_close(torch.stack(scored[:3]), torch.stack(ended[:3]), rtol=0, atol=0)

@@ -44,7 +44,7 @@ ABLATIONS = {
                               for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')} | {
         f'{m}, not drawn to its mean': [
             ['--method', m, '--average-from', '2000', '--updates', '2000']]
-        for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')}),
+        for m in ('supervised', 'sud2', 'sud2-kl')}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
         ('supervised', 'as it is'), ('sud+reg+noise', 'as it is'), ('sud2', 'as it is'),
         ('sud2-kl', 'as it is'), ('sud2-kl+g', 'as it is'), ('oracle', 'as it is'),
