@@ -159,6 +159,7 @@ MUTATIONS = [
     ('sud2.py', 'ema_update(f, mean, .97)', 'ema_update(f, mean, .03)'),
     ('sud2.py', 'ddpm.ema_update(f, mean, .97)', 'pass'),
     ('sud2.py', "if m.clean != 'g(x_u)'", "if m.clean == 'g(x_u)'"),
+    ('sud2.py', "{'f': f, 'mean': mean, 'opt'", "{'f': f, 'opt'"),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
