@@ -897,8 +897,8 @@ def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
         saved = load(path, about)
         start, seconds = saved['step'], saved['seconds']
         try:
-            for k, state in saved['parts'].items():
-                restore(parts[k], state)
+            for k in keep if start == steps else parts:
+                restore(parts[k], saved['parts'][k])
         except Exception as e:          # whatever damage does to a state
             raise ValueError(f'{path}: damaged, of another --device, or not of this run') from e
     began = last_save = last_line = time.monotonic()

@@ -1432,6 +1432,16 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, keep):
         sud2.main(tiny(tmp_path, '--method', 'supervised', '--prior', str(finished)))
 
 
+def test_an_unfinished_checkpoint_that_lacks_a_part_is_named(finished, tmp_path):
+    """A finished one has f and its curve alone; to go on, training needs all that it changes."""
+    flags = tiny(tmp_path, '--method', 'supervised', '--prior', str(finished))
+    sud2.main(flags)
+    path = tmp_path / 'supervised-s0.pt'
+    torch.save(torch.load(path, weights_only=True) | {'step': 3}, path)
+    with pytest.raises(ValueError, match='supervised-s0.pt: damaged'):
+        sud2.main(flags)
+
+
 def test_learning_rate_and_batches():
     assert sud2.learning_rate(0, 1000) == pytest.approx(1 / 50)
     assert sud2.learning_rate(500, 1000) == pytest.approx(0.5)
