@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import sud2  # noqa: E402
 from unet import UNet  # noqa: E402
 
+UNPAIRED = 'sud2', 'sud2-kl', 'sud2-kl+g'
 RUNGS = ('sud', 'sud+reg', 'sud+reg+noise', 'sud2', 'sud2-kl', 'sud2-kl+g')
 # name -> (x axis, {line: [flags of each setting, the x value last]})
 ABLATIONS = {
@@ -40,6 +41,8 @@ ABLATIONS = {
         for t in ('50', '200')] for k, eta in (('1', '0'), ('3', '0'), ('3', '1'))}),
     'measurements': ('measurements', {m: [['--method', m, '--measurements', n] for n in (
         '100', '1000')] for m in ('sud2', 'sud2-kl', 'sud2-kl+g')}),
+    'clean': ('clean', {m: [['--method', m, '--clean', n] for n in ('100', '1000', '12500')]
+                        for m in UNPAIRED}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
                               for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')} | {
         f'{m}, not drawn to its mean': [
@@ -75,7 +78,7 @@ KEYS = ('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'fd_prior', 'corr_output')
 # what the defaults are, so that a setting that several ablations share is run once
 SAME = {'--pairs': '5', '--lam1': '0.2', '--lam2': '0.02', '--lam3': '0.2',
         '--reg': 'signed', '--eta': '0', '--r-steps': '3', '--t-start': '50',
-        '--measurements': '1000', '--updates': '400'}
+        '--measurements': '1000', '--clean': '12500', '--updates': '400'}
 
 
 def plain(*sizes, residual=False, **kind):
@@ -103,6 +106,16 @@ def adamw(net, lr):
                                   capturable=True)
 
 
+def on_features_of(folder, scorer=sud2.scorer):
+    """sud2's scorer with the Fréchet distance on the features of the DDPM in a folder."""
+    def judged(run, split, prior, *more):
+        saved = sud2.load(Path(folder) / 'prior.pt', {'kind': 'prior', **run.about})
+        judge = run.net(0, time=True)
+        judge.load_state_dict(saved['parts']['ema'])
+        return scorer(run, split, judge, *more)
+    return judged
+
+
 # flags end in one of these where the code itself differs: what takes the place of what
 CHANGES = {'plain': ('UNet', plain), 'added': ('UNet', added),
            'constant': ('ENDLESS', ()), 'uniform': ('prior_times', uniform),
@@ -120,6 +133,8 @@ def run(flags, a):
     if ('--lam2', '0') in pairs:                        # without L_reg its form is nothing
         pairs = [p for p in pairs if p[0] != '--reg']
     line = [f for k, v in pairs if SAME.get(k) != v for f in (k, *v.split())]
+    if '--clean' in line:                               # one run, for the sake of its DDPM
+        line[1:2] = UNPAIRED
     name = '_'.join(f.strip('-') for f in line + flags[2 * len(flags[1::2]):]).replace('+', '-')
     out = Path(a.prior if len(line) == 2 and flags[-1] not in CHANGES else Path(a.out) / name)
     if (out / 'metrics.json').exists():
@@ -127,9 +142,11 @@ def run(flags, a):
     if '--sigma' in line:                               # D_σ of its own
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(a.prior) / 'prior.pt', out)
-    elif '--prior-steps' not in line and flags[-1] not in ('uniform', 'all-adamw'):
+    elif not {'--prior-steps', '--clean'} & {*line} and flags[-1] not in ('uniform', 'all-adamw'):
         line += ['--prior', a.prior]
     change = CHANGES.get(flags[-1], ('UNet', UNet))
+    if '--clean' in line:                               # distances in one space for all of them
+        change = 'scorer', on_features_of(a.prior)
     with (open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet),
           unittest.mock.patch.object(sud2, *change)):
         sud2.main(sud2.parse([*line, '--out', str(out), '--points', '1', '--seed', '0', '1', '2',
