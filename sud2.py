@@ -323,8 +323,8 @@ def pairs_batch(run, split, g):
     index, flip = draw_batch(g, n, a.batch)
     if n <= a.batch:
         index, flip = torch.arange(n, device=index.device), flip[:n]
-    x, y = (batch_of(u, index, flip) for u in (split.pairs_x, split.pairs_y))
-    x, y = shifted(x, y, a.shift, g)                                # Dev. 5
+    both = torch.cat([batch_of(u, index, flip) for u in (split.pairs_x, split.pairs_y)], 1)
+    x, y = shifted(both, a.shift, g).chunk(2, 1)
     return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
 
 
@@ -338,17 +338,17 @@ def mirrored(x, flip):
     return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
-def shifted(x, y, most, g):
-    """The same random shift of up to `most` pixels for x and y (B, C, H, W) of a pair, reflected
-    at the border: whatever the forward model is, a few pairs then show more places."""
+def shifted(x, most, g):
+    """Images x (B, C, H, W), each shifted at random by up to `most` pixels, reflected at the
+    border: a few then show more places."""
     if not most:
-        return x, y
-    padded = torch.nn.functional.pad(torch.cat([x, y], 1), (most,) * 4, mode='reflect')
+        return x
+    padded = torch.nn.functional.pad(x, (most,) * 4, mode='reflect')    # Dev. 5
     i, j = torch.randint(2 * most + 1, (len(x), 2), generator=g, device=g.device).T[:, :, None]
     rows, cols = (torch.arange(n, device=g.device) for n in x.shape[2:])
-    both = padded.permute(2, 3, 0, 1)[(i + rows)[:, :, None], (j + cols)[:, None],
-                                      torch.arange(len(x), device=g.device)[:, None, None]]
-    return both.permute(0, 3, 1, 2).contiguous().chunk(2, 1)
+    moved = padded.permute(2, 3, 0, 1)[(i + rows)[:, :, None], (j + cols)[:, None],
+                                       torch.arange(len(x), device=g.device)[:, None, None]]
+    return moved.permute(0, 3, 1, 2).contiguous()
 
 
 def draw_batch(g, n, size):
@@ -406,14 +406,17 @@ def train_prior(run, images, which):
         return ema, saved['seconds']
     opt = Muon(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
-    steps = a.prior_steps if diffusion else a.denoiser_steps
+    most = 250 * len(images) // a.prior_batch           # seen more often, they are learnt by heart
+    steps = max(1, min(a.prior_steps if diffusion else a.denoiser_steps, most))
+    few = steps * a.prior_batch > 100 * len(images)
 
     def schedule(step):
         return {'lr': a.prior_lr * learning_rate(step, steps),
                 'decay': min(.995, (step + 1) / (step + 10))}
 
     def update(lr, decay):
-        x = batch_of(images, *map(Group.own, draw_batch(draws, len(images), a.prior_batch)))
+        x = batch_of(images, *draw_batch(draws, len(images), a.prior_batch))
+        x = Group.own(shifted(x, a.shift, draws) if few else x)
         with run.amp():
             if diffusion:
                 t = prior_times(len(run.acp), len(x), noise, run.device)

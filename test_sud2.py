@@ -1150,15 +1150,38 @@ def test_losses_are_on_where_the_table_says_so(finished, tmp_path, weight, names
         tmp_path, tmp_path, f'{m}-s0.pt', 'supervised-s0.pt')]
 
 
-def test_shift_moves_both_of_a_pair_alike():
-    x = torch.arange(36.0).view(1, 1, 6, 6).repeat(3, 1, 1, 1)
-    a, b = sud2.shifted(x, -x, 2, torch.Generator().manual_seed(0))
-    assert torch.equal(a, -b) and not torch.equal(a[0], a[1])
-    assert torch.equal(sud2.shifted(x, x, 0, None)[0], x)
-    for image in a[:, 0]:                    # some window of the reflected image, nothing else
-        padded = np.pad(x[0, 0].numpy(), 2, mode='reflect')
-        windows = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
-        assert any(np.array_equal(image.numpy(), w) for w in windows)
+def test_shift_moves_both_of_a_pair_alike(tmp_path, monkeypatch):
+    """In all 25 ways, each image by itself: to some window of the reflected image."""
+    run, u = sud2.Setup(tiny(tmp_path, '--batch', '200')), torch.arange(36, dtype=torch.uint8)
+    x = u.view(1, 1, 6, 6).repeat(150, 1, 1, 1)
+    monkeypatch.setattr(sud2, 'mirrored', lambda x, flip: x)
+    a, b = sud2.pairs_batch(run, SimpleNamespace(pairs_x=x, pairs_y=255 - x),
+                            torch.Generator().manual_seed(0))
+    assert_close(a, -b)
+    padded = np.pad(x[0, 0].numpy(), 2, mode='reflect') / 127.5 - 1
+    windows = [padded[i:i + 6, j:j + 6] for i in range(5) for j in range(5)]
+    where = [[abs(image - w).max() < 1e-6 for w in windows] for image in a[:, 0].numpy()]
+    assert {sum(row) for row in where} == {1} and len({row.index(True) for row in where}) == 25
+    assert torch.equal(sud2.shifted(a, 0, None), a)
+
+
+@pytest.mark.parametrize('images, steps, places', [(2, 5, 25), (4, 7, 25), (8, 7, 1)])
+def test_few_clean_images_are_shifted_and_not_seen_too_often(
+        tmp_path, monkeypatch, images, steps, places):
+    """Those seen more than a hundred times, and none more than 250 times, by both priors."""
+    seen, run = [], sud2.Setup(tiny(tmp_path, '--prior-steps', '7', '--denoiser-steps', '7',
+                                    '--prior-batch', '100'))
+    monkeypatch.setattr(sud2, 'mirrored', lambda x, flip: x)
+    monkeypatch.setattr(ddpm, 'ddpm_loss', lambda net, x, *_: (seen.append(x), net(
+        x, torch.zeros(len(x), dtype=torch.long)).square().mean())[1])
+    monkeypatch.setattr(ddpm, 'denoiser_loss', lambda net, x, *_: (seen.append(x), net(
+        x).square().mean())[1])
+    u = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(images, 3, 16, 16)
+    for which in 'prior', 'denoiser':
+        seen.clear()
+        sud2.train_prior(run, u, which)
+        assert len({x.numpy().tobytes() for x in torch.cat(seen)}) == places
+        assert len(seen) == steps
 
 
 def test_the_readmes_summary_is_that_of_the_results():
@@ -1461,7 +1484,7 @@ def test_what_the_priors_are_trained_with(tmp_path, monkeypatch):
                           '--denoiser-steps', '1200'))
     monkeypatch.setattr(sud2, 'fit', lambda run, name, parts, update, schedule, *_: schedule)
     for which, middle in ('prior', 1500), ('denoiser', 600):
-        schedule = sud2.train_prior(run, None, which)[1]
+        schedule = sud2.train_prior(run, torch.zeros(99, 3, 16, 16), which)[1]
         assert schedule(middle)['lr'] == pytest.approx(.25)
         assert [schedule(k)['decay'] for k in (0, 8, 10 ** 5)] == [.1, .5, .995]
 

@@ -95,7 +95,7 @@ MUTATIONS = [
     ('sud2.py', 'math.exp(-5 * (1 - min', 'math.exp(5 * (1 - min'),
     ('sud2.py', "(s['psnr'] - low) / (high - low)", "(s['psnr'] - low) / high"),
     ('sud2.py', 'x.flip(-1), x)', 'x.flip(-2), x)'),
-    ('sud2.py', '.contiguous().chunk(2, 1)', '.contiguous().chunk(2, 1)[::-1]'),
+    ('sud2.py', 'a.shift, g).chunk(2, 1)', 'a.shift, g).chunk(2, 1)[::-1]'),
     ('unet.py', 'beta=-4.7750, alpha=2.0315', 'beta=4.7750, alpha=2.0315'),
     ('unet.py', 'a = q @ a @ q', 'a = q @ a'),
     ('unet.py', 'averaged[k].flatten(1)', 'averaged[k].transpose(0, 1).flatten(1)'),
@@ -160,6 +160,11 @@ MUTATIONS = [
     ('sud2.py', 'ddpm.ema_update(f, mean, .97)', 'pass'),
     ('sud2.py', "if m.clean != 'g(x_u)'", "if m.clean == 'g(x_u)'"),
     ('sud2.py', "{'f': f, 'mean': mean, 'opt'", "{'f': f, 'opt'"),
+    ('sud2.py', '100 * len(images)', '200 * len(images)'),
+    ('sud2.py', '100 * len(images)', '80 * len(images)'),
+    ('sud2.py', '250 * len(images)', '300 * len(images)'),
+    ('sud2.py', 'draws) if few else x)', 'draws))'),
+    ('sud2.py', 'x = Group.own(shifted(x, a.shift, draws) if few else x)', 'x = Group.own(x)'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
