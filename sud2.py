@@ -390,6 +390,12 @@ def note_score(a, curve, step, steps, score, f):
         curve.append({'update': step + 1, **score(f)})
 
 
+def steps_on(wanted, batch, n):
+    """Training steps on n images; fewer than wanted where each of them would be seen more than 250
+    times and be learnt by heart."""
+    return max(1, min(wanted, 250 * n // batch))
+
+
 def train_prior(run, images, which):
     """Trains the DDPM ('prior') or the Gaussian denoiser D_σ ('denoiser') on U_x -> (net, seconds).
 
@@ -406,8 +412,7 @@ def train_prior(run, images, which):
         return ema, saved['seconds']
     opt = Muon(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
-    most = 250 * len(images) // a.prior_batch           # seen more often, they are learnt by heart
-    steps = max(1, min(a.prior_steps if diffusion else a.denoiser_steps, most))
+    steps = steps_on(a.prior_steps if diffusion else a.denoiser_steps, a.prior_batch, len(images))
     few = steps * a.prior_batch > 100 * len(images)
 
     def schedule(step):
@@ -1399,8 +1404,9 @@ def plan(run, split=None):
         whole = f' of {round(scored * a.size ** 2 / 1e6, 3):,} megapixels together'
     t_f = forward_minutes(run, f)
     t_prior = forward_minutes(run, prior, torch.zeros(16, dtype=torch.long, device=run.device))
-    priors = 3 * a.prior_batch * (a.prior_steps * t_prior + needs_denoiser(a) * a.denoiser_steps
-                                  * t_f)                            # 3: forward and backward
+    priors = 3 * a.prior_batch * (                                  # 3: forward and backward
+        steps_on(a.prior_steps, a.prior_batch, sizes[2]) * t_prior
+        + needs_denoiser(a) * steps_on(a.denoiser_steps, a.prior_batch, sizes[2]) * t_f)
     labels = {'R∘F': a.r_steps * t_prior, 'entropy': 4 * t_prior, 'truth': 0}
     pairs = {None: 0, 'x_u': t_f, 'g(x_u)': 6 * t_f}                # of clean images
     updates = sum(3 * min(sizes[0], a.batch) * a.updates * t_f

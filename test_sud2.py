@@ -988,10 +988,13 @@ def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, met
     prior; a training step is three passes."""
     monkeypatch.setattr(sud2, 'forward_minutes', lambda *_: 1)
     ask = tiny(tmp_path, '--method', *method.split(), '--r-steps', '5', '--dry-run')
-    for ask.seed, ask.prior in ([0], None), ([0, 1], None), ([0], 'elsewhere'):
-        sud2.main(ask)
-        priors, scores = 72 if method == 'sud' else 36, 48. * len(ask.method) * len(ask.seed)
-        wanted = priors * (not ask.prior) + (passes - priors) * len(ask.seed) + scores + .1
+    whole = 72 if method == 'sud' else 36
+    for ask.seed, ask.prior, ask.prior_batch in (
+            ([0], None, 4), ([0, 1], None, 4), ([0], 'elsewhere', 4), ([0], None, 2000)):
+        sud2.main(ask)                  # 16 images, 250 times each: 2 steps of 2,000
+        priors = whole * 4000 // 12 if ask.prior_batch == 2000 else whole
+        scores = 48. * len(ask.method) * len(ask.seed)
+        wanted = priors * (not ask.prior) + (passes - whole) * len(ask.seed) + scores + .1
         assert f'about {wanted} minutes, {scores} of them for' in capsys.readouterr().out
 
 

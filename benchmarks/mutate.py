@@ -162,7 +162,7 @@ MUTATIONS = [
     ('sud2.py', "{'f': f, 'mean': mean, 'opt'", "{'f': f, 'opt'"),
     ('sud2.py', '100 * len(images)', '200 * len(images)'),
     ('sud2.py', '100 * len(images)', '80 * len(images)'),
-    ('sud2.py', '250 * len(images)', '300 * len(images)'),
+    ('sud2.py', '250 * n // batch', '300 * n // batch'),
     ('sud2.py', 'draws) if few else x)', 'draws))'),
     ('sud2.py', 'x = Group.own(shifted(x, a.shift, draws) if few else x)', 'x = Group.own(x)'),
 ]
