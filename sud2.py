@@ -413,7 +413,7 @@ def train_prior(run, images, which):
     opt = Muon(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
     steps = steps_on(a.prior_steps if diffusion else a.denoiser_steps, a.prior_batch, len(images))
-    few = steps * a.prior_batch > 100 * len(images)
+    few = steps * a.prior_batch > 100 * len(images)     # shifted, they are learnt less by heart
 
     def schedule(step):
         return {'lr': a.prior_lr * learning_rate(step, steps),
