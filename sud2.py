@@ -216,11 +216,6 @@ class Unpaired:
         if method.source == 'teacher':
             self.teacher = self.parts['teacher'] = copy.deepcopy(f).requires_grad_(False)
 
-    def batch(self, images):
-        """Indices and flips of this process's part of a mini-batch, and all of its indices."""
-        drawn = draw_batch(self.draws, len(images), self.run.a.batch)
-        return *map(Group.own, drawn), drawn[0]
-
     def start(self, x_hat, y_u, flip, index):
         """What the pseudo-label is made from: f(y_u), its ensemble's or the teacher's output."""
         if self.method.source == 'teacher':
@@ -234,7 +229,8 @@ class Unpaired:
         """One mini-batch of measurements -> L_denoiser, L_reg and, where the method has them,
         L_paired on pairs of clean images. D^f and g take a step; x, y are this update's pairs."""
         run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
-        index, flip, drawn = self.batch(split.measurements)
+        drawn, flips = draw_batch(self.draws, len(split.measurements), a.batch)
+        index, flip = Group.own(drawn), Group.own(flips)
         y_u = batch_of(split.measurements, index, flip)
         x_u = batch_of(split.measurements_x, index, flip) if label == 'truth' else None
         with run.amp():
@@ -260,11 +256,10 @@ class Unpaired:
         true one, y_u - g(f(y_u)), noise or scratches."""
         run, images = self.run, self.split.images
         if self.method.clean == 'x_u':      # a few do as well as many; they go to every process
-            few = draw_batch(self.draws, len(images), max(1, run.a.batch // 4))
-            x_u = batch_of(images, *few)
+            x_u = clean_batch(run, images, self.draws, max(1, run.a.batch // 4))
             with run.amp():
                 return paired_loss(self.f(x_u), x_u)
-        x_u = batch_of(images, *self.batch(images)[:2])
+        x_u = Group.own(clean_batch(run, images, self.draws, run.a.batch))
         known, shown = torch.cat([x, x_hat]), torch.cat([y, y_u])
         c = change(known, shown)
         with run.amp():
@@ -326,6 +321,14 @@ def pairs_batch(run, split, g):
     both = torch.cat([batch_of(u, index, flip) for u in (split.pairs_x, split.pairs_y)], 1)
     x, y = shifted(both, a.shift, g).chunk(2, 1)
     return (x, y) if n <= a.batch else (Group.own(x), Group.own(y))  # few go to every process
+
+
+def clean_batch(run, images, g, size):
+    """A mini-batch of clean images (size, C, H, W), mirrored and, where the DDPM would see each of
+    them more than 100 times, shifted: a few are then learnt less by heart."""
+    x = batch_of(images, *draw_batch(g, len(images), size))
+    few = run.a.prior_steps * run.a.prior_batch > 100 * len(images)
+    return shifted(x, run.a.shift if few else 0, g)
 
 
 def batch_of(images, index, flip):
@@ -413,15 +416,13 @@ def train_prior(run, images, which):
     opt = Muon(net, a.prior_lr)
     draws, _, noise = generators(0, run.device)
     steps = steps_on(a.prior_steps if diffusion else a.denoiser_steps, a.prior_batch, len(images))
-    few = steps * a.prior_batch > 100 * len(images)     # shifted, they are learnt less by heart
 
     def schedule(step):
         return {'lr': a.prior_lr * learning_rate(step, steps),
                 'decay': min(.995, (step + 1) / (step + 10))}
 
     def update(lr, decay):
-        x = batch_of(images, *draw_batch(draws, len(images), a.prior_batch))
-        x = Group.own(shifted(x, a.shift, draws) if few else x)
+        x = Group.own(clean_batch(run, images, draws, a.prior_batch))
         with run.amp():
             if diffusion:
                 t = prior_times(len(run.acp), len(x), noise, run.device)

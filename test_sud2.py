@@ -1171,7 +1171,8 @@ def test_shift_moves_both_of_a_pair_alike(tmp_path, monkeypatch):
 @pytest.mark.parametrize('images, steps, places', [(2, 5, 25), (4, 7, 25), (8, 7, 1)])
 def test_few_clean_images_are_shifted_and_not_seen_too_often(
         tmp_path, monkeypatch, images, steps, places):
-    """Those seen more than a hundred times, and none more than 250 times, by both priors."""
+    """Those seen more than a hundred times, and none more than 250 times, by both priors; in pairs
+    of clean images, too."""
     seen, run = [], sud2.Setup(tiny(tmp_path, '--prior-steps', '7', '--denoiser-steps', '7',
                                     '--prior-batch', '100'))
     monkeypatch.setattr(sud2, 'mirrored', lambda x, flip: x)
@@ -1185,6 +1186,16 @@ def test_few_clean_images_are_shifted_and_not_seen_too_often(
         sud2.train_prior(run, u, which)
         assert len({x.numpy().tobytes() for x in torch.cat(seen)}) == places
         assert len(seen) == steps
+    run.a.batch, run.a.updates, run.a.warmup = 100, 1, 0
+    split, compare = sud2.load_split(run.a, 0), sud2.paired_loss
+    split.images, models = u, sud2.Models(run.net(0, time=True))
+    monkeypatch.setattr(sud2, 'paired_loss', lambda x_hat, x: (seen.append(x),
+                                                               compare(x_hat, x))[1])
+    for method, n in ('sud2-kl', 25), ('sud2-kl+g', 100):
+        seen.clear()
+        sud2.train(run, method, 0, split, models, lambda f: {})
+        x_u = next(x for x in seen if len(x) == n)
+        assert min(places, 9) <= len({x.numpy().tobytes() for x in x_u}) <= places
 
 
 def test_the_readmes_summary_is_that_of_the_results():

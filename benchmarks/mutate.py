@@ -163,8 +163,12 @@ MUTATIONS = [
     ('sud2.py', '100 * len(images)', '200 * len(images)'),
     ('sud2.py', '100 * len(images)', '80 * len(images)'),
     ('sud2.py', '250 * n // batch', '300 * n // batch'),
-    ('sud2.py', 'draws) if few else x)', 'draws))'),
-    ('sud2.py', 'x = Group.own(shifted(x, a.shift, draws) if few else x)', 'x = Group.own(x)'),
+    ('sud2.py', 'a.shift if few else 0', 'a.shift'),
+    ('sud2.py', 'a.shift if few else 0', '0'),
+    ('sud2.py', 'x_u = clean_batch(run, images, self.draws, max(1, run.a.batch // 4))',
+     'x_u = batch_of(images, *draw_batch(self.draws, len(images), run.a.batch // 4))'),
+    ('sud2.py', 'x_u = Group.own(clean_batch(run, images, self.draws, run.a.batch))',
+     'x_u = Group.own(batch_of(images, *draw_batch(self.draws, len(images), run.a.batch)))'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
