@@ -379,15 +379,18 @@ def paint_faces(p, size):
 
 
 def draw(n, size, seed, parameters, paint):
-    """n pictures, CHUNK parameters at a time -> two lists of what paint(p, size) returns."""
-    g, out = torch.Generator().manual_seed(seed), []
+    """n pictures, CHUNK parameters at a time -> two tensors of what paint(p, size) returns."""
+    g, out = torch.Generator().manual_seed(seed), None
     step = max(1, CHUNK * 32 * 32 // size ** 2)             # as many at a time as fit the cache
     for i in range(0, n, CHUNK):
         p = parameters(g)
         for j in range(i, min(n, i + CHUNK), step):
             k = min(n, i + CHUNK, j + step)
-            out.append(paint({key: v[j - i:k - i] for key, v in p.items()}, size))
-    return tuple(torch.cat(part) for part in zip(*out))
+            painted = paint({key: v[j - i:k - i] for key, v in p.items()}, size)
+            out = out or [u.new_empty(n, *u.shape[1:]) for u in painted]
+            for whole, part in zip(out, painted):
+                whole[j:k] = part
+    return out
 
 
 def draw_faces(n, size, seed):
@@ -596,11 +599,12 @@ class Split:
         """The same split with one channel, the luminance."""
         def luminance(u):
             if isinstance(u, list):
-                return [luminance(v) for v in u]
+                return [luminance(v[None])[0] for v in u]
             if u is None or u.dtype == torch.bool:
                 return u
-            r, g, b = u.float().unbind(-3)
-            return (.299 * r + .587 * g + .114 * b).round().byte().unsqueeze(-3)
+            parts = (v.float().unbind(1) for v in u.split(CHUNK))   # floats of all would be large
+            return torch.cat([(.299 * r + .587 * g + .114 * b).round().byte().unsqueeze(1)
+                              for r, g, b in parts])
         return Split(**{k: luminance(v) for k, v in vars(self).items()})
 
 
@@ -610,12 +614,14 @@ def embedded(task, size, pairs, measurements, clean, test, seed, validation=0):
     Drawn from disjoint streams: a seed's, the clean images', the test images' and, for choosing
     hyper-parameters, `validation` images that stand in for the test images.
     """
+    pictures = draw_faces if task == 'inpaint' else draw_scenes
+
     def degraded(n, stream):
-        x, other = (draw_faces if task == 'inpaint' else draw_scenes)(n, size, stream)
+        x, other = pictures(n, size, stream)
         return (x, punch_hole(x, other), other) if task == 'inpaint' else (x, other, None)
     x, y, _ = degraded(pairs + measurements, 1000 + seed)
     test_x, test_y, test_hole = degraded(validation or test, 2 if validation else 1)
-    images = degraded(clean, 0)[0]
+    images, _ = pictures(clean, size, 0)
     return Split(x[:pairs], y[:pairs], y[pairs:], x[pairs:], images, test_x, test_y, test_hole)
 
 
