@@ -1279,7 +1279,8 @@ def flags_of_the_method(p):
     g.add_argument('--average-from', type=count, default=400,
                    help="from this update on f is drawn to its weights' mean; not sud2-kl+g")
     g.add_argument('--lr', type=real, default=2e-3, help='learning rate of f')
-    g.add_argument('--shift', type=zero, default=2, help='random shift of the pairs, pixels')
+    g.add_argument('--shift', type=zero, default=2,
+                   help='random shift of the pairs and of few clean images, pixels')
     g.add_argument('--prior-steps', type=count, default=2000,
                    help='training steps of the DDPM, fewer on few images')
     g.add_argument('--denoiser-steps', type=count, default=1500, help='training steps of D_σ')
