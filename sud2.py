@@ -1153,8 +1153,8 @@ def processor():
 
 
 # ---------------------------------------------------------------------------- command line
-QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'prior_steps': 150, 'denoiser_steps': 80,
-         'updates': 80, 'warmup': 30, 'gan_steps': 40}
+QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'width': 32, 'prior_steps': 150,
+         'denoiser_steps': 100, 'updates': 100, 'warmup': 30, 'gan_steps': 40}
 
 
 class Positive:
@@ -1385,14 +1385,15 @@ def millions(net):
 
 
 def forward_minutes(run, net, *more):
-    """Minutes of a run for each forward pass of an image, timed in a fraction of a second."""
-    x, seconds = torch.zeros(16, run.a.channels, run.a.size, run.a.size, device=run.device), []
-    for _ in range(3):
+    """Minutes of a run for each forward pass of an image; few large ones are timed, twice."""
+    n, seconds = max(1, min(16, 2 ** 16 // run.a.size ** 2)), []
+    x = torch.zeros(n, run.a.channels, run.a.size, run.a.size, device=run.device)
+    while len(seconds) < 2 or sum(seconds) < .2:
         began = time.perf_counter()
         with torch.no_grad(), run.amp():
-            net(x, *more).sum().item()
+            net(x, *(u[:n] for u in more)).sum().item()
         seconds.append(time.perf_counter() - began)
-    return 1.4 * min(seconds) / len(x) / 60     # optimisers and the rest take another two fifths
+    return 1.4 * min(seconds) / n / 60      # optimisers and the rest take another two fifths
 
 
 def plan(run, split=None):

@@ -998,6 +998,19 @@ def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, met
         assert f'about {wanted} minutes, {scores} of them for' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('size, images', [(16, 16), (64, 16), (128, 4), (512, 1)])
+def test_the_planned_minutes_come_from_few_images_of_large_sizes(
+        tmp_path, monkeypatch, size, images):
+    """The quicker of two passes that take 50 and 30 seconds; time for optimisers is added."""
+    seen, clock = [], iter((0., 50., 60., 90.))
+    monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+    run = sud2.Setup(tiny(tmp_path, '--size', str(size)))
+    minutes = sud2.forward_minutes(run, lambda x, t: (seen.append((x.shape, len(t))), x)[1],
+                                   torch.zeros(16))
+    assert minutes == pytest.approx(1.4 * 30 / images / 60)
+    assert seen == [((images, 3, size, size), images)] * 2
+
+
 def broken_folders(folders, case):
     """Spoils the user's folders in one way."""
     if case == 'sizes':
