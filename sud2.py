@@ -590,17 +590,20 @@ def scorer(run, split, prior, lpips=None, inception=None):
 
     fd_prior is the Fréchet distance of the DDPM's features, not the Inception network's.
     """
-    size, hole = run.a.size, split.test_hole
-    x = [data.to_float(u) for u in split.test_x] if split.test_x is not None else None
-    small_x = data.to_float(same_size(split.test_x, size)) if x else None
-    features = prior_features(run, prior, small_x) if x else None
-    real = inception(colour(data.to_bytes(small_x))) if x and inception else None
+    size, hole, several = run.a.size, split.test_hole, isinstance(split.test_y, list)
+    x = split.test_x
+    if x is not None:
+        small_x = same_size(x, size)
+        features = prior_features(run, prior, data.to_float(small_x))
+        real = inception(colour(small_x)) if inception else None
+        x = [data.to_float(u) for u in x] if several else data.to_float(x)
 
     def mean(metric, x_hat, **more):
-        """Mean over the test images, stacked where they are of one size."""
-        if not isinstance(split.test_y, list):
-            return metric(x_hat, torch.stack(x), **more).nanmean().item()
-        return statistics.mean(metric(u[None], v[None], **more).item() for u, v in zip(x_hat, x))
+        """Mean over the test images, at once where they are of one size."""
+        if several:
+            return statistics.mean(metric(u[None], v[None], **more).item()
+                                   for u, v in zip(x_hat, x))
+        return metric(x_hat, x, **more).nanmean().item()
 
     def score(f):
         x_hat, z = reconstruct(run, f, split.test_y)
@@ -610,7 +613,7 @@ def scorer(run, split, prior, lpips=None, inception=None):
         s = dict.fromkeys(('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'lpips', 'fd_prior', 'fid'))
         s |= {'corr_latent': metrics.correlation(z).item(),
               'corr_output': metrics.correlation(small).item()}
-        if not x:
+        if x is None:
             return s
         s |= {'psnr': mean(metrics.psnr, x_hat, data_range=2),
               'ssim': mean(metrics.ssim, x_hat, data_range=2)}

@@ -169,6 +169,8 @@ MUTATIONS = [
      'x_u = batch_of(images, *draw_batch(self.draws, len(images), run.a.batch // 4))'),
     ('sud2.py', 'x_u = Group.own(clean_batch(run, images, self.draws, run.a.batch))',
      'x_u = Group.own(batch_of(images, *draw_batch(self.draws, len(images), run.a.batch)))'),
+    ('sud2.py', '2 ** 16 // run.a.size', '2 ** 18 // run.a.size'),
+    ('sud2.py', 'if several:', 'if not several:'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
