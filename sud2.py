@@ -914,6 +914,7 @@ def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
         except Exception as e:          # whatever damage does to a state
             raise ValueError(f'{path}: damaged, of another --device, or not of this run') from e
     began = last_save = last_line = time.monotonic()
+    told = start
     with Stop.postponed():                              # to the end of an update
         for step in range(start, steps):
             numbers = Group.mean(update(**schedule(step)))
@@ -926,8 +927,8 @@ def fit(run, name, parts, update, schedule, steps, keep, about, after=None):
                 raise ValueError(f'{path.stem}: the loss is not finite after {step + 1} updates; '
                                  f'{path} keeps the last good state; try a lower learning rate')
             if speak:
-                log(step + 1, steps, (step + 1 - start) / (now - began), numbers)
-                last_line = now
+                log(step + 1, steps, (step + 1 - told) / (now - last_line), numbers)
+                told, last_line = step + 1, now         # updates get slower after the warm-up
             if write:
                 save(path, {**about, 'step': step + 1, 'seconds': seconds + now - began, 'parts':
                             {k: snapshot(parts[k]) for k in (keep if done else parts)}})

@@ -1428,7 +1428,8 @@ def test_an_update_is_recorded_once_for_each_choice(monkeypatch):
 
 
 def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys):
-    """Of 12 updates of two seconds, as a save takes: a line after more than 5, a save after 8."""
+    """Of 12 updates of two seconds, as a save takes: a line after more than 5, a save after 8. The
+    rate is that since the line before."""
     run, saved = sud2.Setup(tiny(tmp_path / 'new', '--save-every', '8')), []
     monkeypatch.setattr(sud2, 'save', lambda path, value: saved.append(
         (value['step'], value['seconds'])))
@@ -1437,8 +1438,8 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
     assert saved == [(5, 10), (10, 22), (12, 28)]
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(line[1], *line[-4:-2]) for line in said] == [
-        ('3/12', '0.5/s', '18'), ('6/12', '0.4/s', '14'), ('9/12', '0.5/s', '7'),
-        ('11/12', '0.4/s', '2'), ('12/12', '0.4/s', '0')]
+        ('3/12', '0.5/s', '18'), ('6/12', '0.4/s', '16'), ('9/12', '0.5/s', '6'),
+        ('11/12', '0.3/s', '3'), ('12/12', '0.5/s', '0')]
     torch.save({**run.about, 'step': 9, 'seconds': 100, 'parts': {}}, run.out / 'part.pt')
     monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
     sud2.fit(run, 'part', {}, lambda: {'loss': torch.ones(())}, lambda step: {}, 12, [], {})

@@ -138,7 +138,7 @@ MUTATIONS = [
     ('sud2.py', 'grey=a.channels == 1', 'grey=a.channels == 2'),
     ('sud2.py', 'if seed != a.seed[0]:', 'if seed == a.seed[0]:'),
     ('sud2.py', 'rows[:, None] * cols', 'rows[:, None] / cols'),
-    ('sud2.py', '(now - began), numbers', '(now + began), numbers'),
+    ('sud2.py', '(now - last_line), numbers', '(now - began), numbers'),
     ('sud2.py', 'torch.distributed.all_gather_object(flags, flag)', 'pass'),
     ('sud2.py', "4 + r * (side + 4) + side / 2), name", "4 + r * (side - 4) + side / 2), name"),
     ('data.py', 'take(clean - len(more), views=1)', 'take(clean - len(more), views=2)'),
