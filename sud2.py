@@ -1158,7 +1158,7 @@ def processor():
 
 # ---------------------------------------------------------------------------- command line
 QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'width': 32, 'prior_steps': 150,
-         'denoiser_steps': 100, 'updates': 100, 'warmup': 30, 'gan_steps': 40}
+         'denoiser_steps': 80, 'updates': 100, 'warmup': 30, 'gan_steps': 40}
 
 
 class Positive:
