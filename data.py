@@ -725,6 +725,7 @@ def cached(cache, files, shape, read, rows=None, key=()):
         if not cache:
             return torch.from_numpy(out)
         out.flush()
+        del out                                         # Windows renames no open file
         os.replace(part, path)
     return torch.from_numpy(np.load(path, mmap_mode='c'))
 

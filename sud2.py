@@ -9,13 +9,12 @@ equation numbers are the workshop paper's.
 """
 import argparse
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
-import resource
+import platform
 import shlex
 import signal
 import statistics
@@ -1056,7 +1055,12 @@ def locked(out):
         return
     with open(out / 'lock', 'w') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform == 'win32':
+                import msvcrt
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ValueError(f'--out {out}: another process is at work there') from e
         yield
@@ -1153,7 +1157,16 @@ def processor():
     info = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
              if line.startswith('model name')] if info.exists() else []
-    return names[0] if names else os.uname().machine
+    return names[0] if names else platform.machine()
+
+
+def peak_mib():
+    """The most memory that this process has held, MiB; None where the system does not tell."""
+    if sys.platform == 'win32':
+        return None
+    import resource
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1024 ** (2 if sys.platform == 'darwin' else 1)    # macOS counts bytes, Linux KiB
 
 
 # ---------------------------------------------------------------------------- command line
@@ -1501,11 +1514,9 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
                         'threads': torch.get_num_threads(), 'device': run.device.type,
                         'precision': 'bf16' if run.bf16 else 'fp32'},
         'methods': methods, 'truth': {'corr_output': truth_corr}, 'prior': prior_scores,
-        'seconds': time.monotonic() - began,
-        'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / 1024 ** (2 if sys.platform == 'darwin' else 1)})      # macOS counts bytes, Linux KiB
+        'seconds': time.monotonic() - began, 'peak_mib': peak_mib()})
     text = table(methods)
-    (run.out / 'table.md').write_text(text + '\n')
+    (run.out / 'table.md').write_text(text + '\n', encoding='utf-8')
     grid(rows, run.out / 'grid.png')
     curves(methods, run.out / 'curves.png', truth_corr)
     print(f'\n{text}\n\n{run.out}/grid.png\n{run.out}/curves.png')
@@ -1569,6 +1580,7 @@ def main(a):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')            # a terminal may lack λ, a file's name codes
     args = parse()
     load_libraries()
     signal.signal(signal.SIGINT, Stop.handler)
