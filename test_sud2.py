@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,23 +53,25 @@ def text_of(file):
     return (HERE / file).read_text(encoding='utf-8')
 
 
+JOBS = []
+
+
+def job(work):
+    """Decorator of what a test, of the same name, wants of processes of their own: work(folder)."""
+    JOBS.append(work)
+    return work
+
+
 @pytest.fixture(scope='module', autouse=True)
-def two_processes(request, tmp_path_factory):
-    """A run of two processes for the test that wants it, begun before the first: it is slow."""
-    if all('two_processes_compute' not in item.name for item in request.session.items):
-        return (yield)
-    out = tmp_path_factory.mktemp('two')
-    flags = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
-             '--gan-steps', '2', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
-             'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
-    with open(out / 'log', 'w') as log:
-        process = subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',
-             HERE / 'sud2.py', *flags, '--out', out / 'two'], stdout=log, stderr=log,
-            start_new_session=True)             # Ctrl-C reaches it once, from here
-    yield process, flags, out
-    process.terminate()
-    process.wait()
+def meanwhile(request, tmp_path_factory):
+    """-> a function of a job that gives its result. Processes are slow to start, and so the jobs
+    are done from the beginning on, in turn, beside the tests."""
+    chosen = ' '.join(item.name for item in request.session.items)
+    with ThreadPoolExecutor(1) as pool:
+        done = {job: pool.submit(job, tmp_path_factory.mktemp('job')) for job in JOBS
+                if job.__name__ in chosen}
+        yield lambda job: done[job].result()
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------- priors with a closed form
@@ -2083,13 +2086,18 @@ def test_flags_at_their_limits_and_what_is_made_of_them():
     assert (quick.updates, quick.prior_steps) == (90, sud2.QUICK['prior_steps']), 'flags win'
 
 
-def command(*flags, cwd=HERE):
-    return subprocess.run([sys.executable, HERE / 'sud2.py', *map(str, flags)], capture_output=True,
-                          text=True, cwd=cwd)
+def command(*flags, by=()):
+    return subprocess.run([sys.executable, *by, HERE / 'sud2.py', *map(str, flags)],
+                          capture_output=True, text=True)
 
 
-def test_bad_data_is_one_line_and_exit_code_2(tmp_path):
-    r = command('--data', tmp_path / 'nowhere', '--out', tmp_path / 'out')
+@job
+def bad_data(folder):
+    return command('--data', folder / 'nowhere', '--out', folder / 'out')
+
+
+def test_bad_data_is_one_line_and_exit_code_2(meanwhile):
+    r = meanwhile(bad_data)
     assert r.returncode == 2 and 'nowhere' in r.stderr and len(r.stderr.splitlines()) == 1
 
 
@@ -2103,39 +2111,45 @@ def test_help_answers_before_torch_is_imported(tmp_path):
 
 
 # --------------------------------------------------------- the files themselves
-LEAVES = ['unet.py', 'ddpm.py', 'data.py', 'metrics.py', 'cyclegan.py']
+LEAVES = 'unet', 'ddpm', 'data', 'metrics', 'cyclegan'
 
 
-def test_leaves_work_alone(tmp_path):
+@job
+def leaves(folder):
     """Each copied alone, under another name, prints in its example what it says."""
     code = ("import sys, doctest, importlib\n"
+            "sys.path.insert(0, '')\n"
             "for leaf in sys.argv[1:]:\n"
             "    sys.path[0] = leaf\n"
             "    copied = importlib.import_module('copied_' + leaf)\n"
             "    r = doctest.testmod(copied)\n"
             "    print(leaf, r.attempted > 1, r.failed)\n")
-    names = [leaf.removesuffix('.py') for leaf in LEAVES]
-    for name in names:
-        (tmp_path / name).mkdir()
-        shutil.copy(HERE / f'{name}.py', tmp_path / name / f'copied_{name}.py')
+    for name in LEAVES:
+        (folder / name).mkdir()
+        shutil.copy(HERE / f'{name}.py', folder / name / f'copied_{name}.py')
+    return subprocess.run([sys.executable, '-I', '-c', code, *LEAVES], capture_output=True,
+                          text=True, cwd=folder)
+
+
+def test_leaves_work_alone(meanwhile):
+    for name in LEAVES:
         text = text_of(f'{name}.py')
         assert text.startswith('# SPDX-License-Identifier: MIT\n')
         assert 'Copy freely; imports nothing else' in text.replace('\n', ' ')
-    r = subprocess.run([sys.executable, '-I', '-c', 'import sys; sys.path.insert(0, "")\n' + code,
-                        *names], capture_output=True, text=True, cwd=tmp_path)
-    assert r.stdout.splitlines() == [f'{name} True 0' for name in names], r.stdout + r.stderr
+    r = meanwhile(leaves)
+    assert r.stdout.splitlines() == [f'{name} True 0' for name in LEAVES], r.stdout + r.stderr
 
 
 def test_equation_index():
     """Each equation tagged in the code stands there once, and README's index names its function."""
     tags = {}
-    for name in [*LEAVES, 'sud2.py']:
+    for name in (*LEAVES, 'sud2'):
         function = None
-        for line in text_of(name).splitlines():
+        for line in text_of(f'{name}.py').splitlines():
             function = (re.match(r'\s*(?:def|class) (\w+)', line) or [None, function])[1]
             for tag in re.findall(r'# (Eq\. \(\d\)|Sec\. 3\.1)', line):
                 assert tag not in tags, f'{tag} stands twice'
-                tags[tag] = f'`{name}`, `{function}`'
+                tags[tag] = f'`{name}.py`, `{function}`'
     readme = text_of('README.md')
     rows = dict(re.findall(r'^\| (\(\d\)|§3\.1) \|.*?\| (.*?) \|', readme, re.M))
     assert set(rows) == {f'({i})' for i in range(1, 10)} | {'§3.1'}
@@ -2164,16 +2178,22 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-def test_stopping_saves_and_says_how_to_go_on(tmp_path):
+@job
+def stopping(folder):
     flags = [*TINY, '--prior-steps', '100000', '--save-every', '0', '--out']
-    runs = {number: start(*flags, tmp_path / str(number))
-            for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, p in runs.items():
-        checkpoint = tmp_path / str(number) / 'prior.pt'
+    ended = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        checkpoint = folder / str(number) / 'prior.pt'
+        p = start(*flags, checkpoint.parent)
         wait_for(checkpoint.exists)
         p.send_signal(number)
-        _, err = p.communicate(timeout=30)
-        assert p.returncode == 1 and err.strip().startswith('stopped; this goes on: python')
+        ended.append((p.communicate(timeout=30)[1], p.returncode, checkpoint))
+    return ended
+
+
+def test_stopping_saves_and_says_how_to_go_on(meanwhile):
+    for err, code, checkpoint in meanwhile(stopping):
+        assert code == 1 and err.strip().startswith('stopped; this goes on: python')
         saved = torch.load(checkpoint, weights_only=True)
         assert saved['step'] > 0 and 'opt' in saved['parts']
 
@@ -2222,15 +2242,17 @@ def test_windows_has_another_lock_and_tells_no_peak(tmp_path, monkeypatch):
         assert locks == [(2, 1)] and sud2.peak_mib() is None
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
-    """Files may not grow past 30 KB, as if the disk were full; what was there stays."""
-    resource = pytest.importorskip('resource')
+@job
+def a_full_disk(folder):
+    """Files may not grow past some 30 KB, as if the disk were full."""
+    limited = ['sh', '-c', 'ulimit -f 60; exec "$@"', 'sh'] if shutil.which('sh') else []
+    return limited and subprocess.run([*limited, sys.executable, HERE / 'sud2.py', *TINY, '--out',
+                                       folder], capture_output=True, text=True)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    p = start(*TINY, '--out', tmp_path, preexec_fn=limit)
-    out, err = p.communicate(timeout=60)
-    assert p.returncode == 2 and len(err.splitlines()) == 1 and 'prior.pt' in err
+
+def test_a_full_disk_is_told_in_one_line(meanwhile):
+    r = meanwhile(a_full_disk) or pytest.skip('needs a shell')
+    assert r.returncode == 2 and len(r.stderr.splitlines()) == 1 and 'prior.pt' in r.stderr
 
 
 @pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't allocate memory"),
@@ -2358,49 +2380,69 @@ def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
             assert name in str(e) or str(e).startswith('--'), e
 
 
-def test_two_processes_compute_what_one_does(two_processes):
+TWENTY = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
+          '--gan-steps', '2', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
+          'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
+
+
+def in_processes(n, *flags):
+    """Runs the program in n processes."""
+    r = command(*flags, by=['-m', 'torch.distributed.run', '--nproc-per-node', str(n)])
+    assert r.returncode == 0, r.stderr
+
+
+@job
+def two_processes_compute(folder):
+    for n in 1, 2:
+        in_processes(n, *TWENTY, '--out', folder / str(n))
+    return folder
+
+
+def test_two_processes_compute_what_one_does(meanwhile):
     """20 updates under torchrun with two processes: the same losses and weights."""
-    process, flags, tmp_path = two_processes
-    sud2.main(sud2.parse([*flags, '--out', str(tmp_path / 'one')]))
-    assert process.wait() == 0, (tmp_path / 'log').read_text()
+    tmp_path = meanwhile(two_processes_compute)
     for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl-s0', 'sud2-kl+g-s0'):
         ours, theirs = (torch.load(tmp_path / d / f'{name}.pt', weights_only=True)['parts']
-                        for d in ('one', 'two'))
+                        for d in '12')
         part = 'f' if 'f' in ours else 'ema'
         for k, v in ours[part].items():
             assert_close(v, theirs[part][k], atol=2e-5, rtol=0)
     logs = [[json.loads(line) for line in (tmp_path / d / 'log.jsonl').read_text().splitlines()]
-            for d in ('one', 'two')]
+            for d in '12']
     last = [{(v['part'], v['step']): v for v in log} for log in logs]
     for key in last[0].keys() & last[1].keys():
         for name, value in last[0][key].items():
             if name not in ('part', 'corr'):        # whose mean over parts is not the whole's
                 assert value == pytest.approx(last[1][key][name], rel=1e-3, abs=1e-5), (key, name)
     scores = [json.loads((tmp_path / d / 'metrics.json').read_text())['methods']['sud2']['0']
-              for d in ('one', 'two')]
+              for d in '12']
     assert scores[0]['psnr'] == pytest.approx(scores[1]['psnr'], abs=1e-3)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, finished, monkeypatch):
-    """Cut off with one process, finished by two: the same weights up to rounding."""
-    flags = [*TINY, '--precision', 'fp32', '--method', 'sud2', '--out', tmp_path]
-    part = sud2.parse([*map(str, flags), '--save-every', '0'])
-    original = sud2.descend
+@job
+def another_number(folder):
+    """Cut off in one process, finished by two -> f's weights when it was cut off, folder."""
+    flags = [*TINY, '--precision', 'fp32', '--method', 'sud2', '--out', folder]
+    code = ('import sud2, sys\n'
+            'original, calls = sud2.descend, []\n'
+            'def cut(*what):\n'
+            '    calls.append(1)\n'
+            '    if len(calls) > 7:\n'
+            '        sys.exit()\n'
+            '    original(*what)\n'
+            'sud2.descend = cut\n'
+            'sud2.main(sud2.parse(sys.argv[1:]))')
+    subprocess.run([sys.executable, '-c', code, *flags, '--save-every', '0'], cwd=HERE)
+    assert torch.load(folder / 'sud2-s0.pt', weights_only=True)['step'] == 4
+    cut_off = weights(folder / 'sud2-s0.pt')
+    in_processes(2, *flags)
+    return cut_off, folder
 
-    def cut(loss, net, opt, lr, calls=[]):          # noqa: B006
-        calls.append(1)
-        if len(calls) > 7:
-            raise KeyboardInterrupt
-        original(loss, net, opt, lr)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(sud2, 'descend', cut)
-        sud2.main(part)
-    assert torch.load(tmp_path / 'sud2-s0.pt', weights_only=True)['step'] == 4
-    cut_off = weights(tmp_path / 'sud2-s0.pt')
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2',
-                        HERE / 'sud2.py', *flags], capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
+
+def test_a_run_goes_on_with_another_number_of_processes(meanwhile, finished):
+    """With the same weights up to rounding."""
+    cut_off, folder = meanwhile(another_number)
     start, two, one = (torch.cat([v.flatten() for v in w.values()]) for w in (
-        cut_off, weights(tmp_path / 'sud2-s0.pt'), weights(finished / 'sud2-s0.pt')))
+        cut_off, weights(folder / 'sud2-s0.pt'), weights(finished / 'sud2-s0.pt')))
     # Adam makes whole steps of the rounding where a gradient vanishes: few weights, so the norm
     assert (two - one).norm() < .02 * (one - start).norm()
