@@ -760,10 +760,11 @@ def plot(panels, path, width=560, height=400):
 
 
 def curves(methods, path, truth):
-    """PSNR and the correlation of reconstructions against updates, each method."""
+    """PSNR and the correlation of reconstructions against updates, each method's but CycleGAN's,
+    which are others."""
     def series(key):
         return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
-                for m, seeds in methods.items() if m != 'cyclegan'}    # its updates are others
+                for m, seeds in methods.items() if seeds and m != 'cyclegan'}
     corr = series('corr_output')
     panels = [('Correlation of the reconstructions', 'updates of f', '', corr)]
     if truth is not None and corr:
@@ -1503,8 +1504,8 @@ def needs_denoiser(a):
     return any('denoise' in (METHODS[m].label or '') for m in a.method)
 
 
-def report(run, methods, prior_scores, began, rows, truth_corr):
-    """Writes metrics.json, table.md, grid.png and curves.png; prints the table."""
+def report(run, methods, prior_scores, began, truth_corr):
+    """Writes metrics.json and table.md; prints the table and where the pictures are."""
     gap_closed(methods)
     write_json(run.out / 'metrics.json', {
         'command': 'python sud2.py ' + ' '.join(sys.argv[1:]),
@@ -1517,13 +1518,13 @@ def report(run, methods, prior_scores, began, rows, truth_corr):
         'seconds': time.monotonic() - began, 'peak_mib': peak_mib()})
     text = table(methods)
     (run.out / 'table.md').write_text(text + '\n', encoding='utf-8')
-    grid(rows, run.out / 'grid.png')
-    curves(methods, run.out / 'curves.png', truth_corr)
-    print(f'\n{text}\n\n{run.out}/grid.png\n{run.out}/curves.png')
+    pictures = (run.out / name for name in ('grid.png', 'curves.png'))
+    print(f'\n{text}\n', *filter(Path.exists, pictures), sep='\n')
 
 
 def work(run, began):
-    """Trains the priors, then each method with each seed, and reports."""
+    """Trains the priors, then each method with each seed, and reports. The pictures show, after
+    each method, all so far."""
     a, more = run.a, optional_metrics(run.a)
     split = load_split(a, a.seed[0]).to(run.device)
     if not Group.rank:
@@ -1537,6 +1538,7 @@ def work(run, began):
         prior_scores['eps_loss'] = held_out_loss(run, prior, tests)
         truth_corr = metrics.correlation(data.to_float(tests)).item()
     methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
+    truth = {} if tests is None else {'truth': split.test_x}
     for seed in a.seed:
         if seed != a.seed[0]:
             check_config(run)                                       # the data is read again
@@ -1556,10 +1558,11 @@ def work(run, began):
                                      'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
                 rows[m] = [data.to_bytes(u) for u in reconstruct(run, f, split.test_y[:10])[0]]
-    if tests is not None:
-        rows['truth'] = split.test_x
+            if not Group.rank:
+                grid(rows | truth, run.out / 'grid.png')
+                curves(methods, run.out / 'curves.png', truth_corr)
     if not Group.rank:
-        report(run, methods, prior_scores, began, rows, truth_corr)
+        report(run, methods, prior_scores, began, truth_corr)
 
 
 def main(a):

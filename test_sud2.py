@@ -1141,10 +1141,22 @@ def test_several_seeds_have_other_pairs_one_prior_and_the_first_ones_pictures(
         assert all(torch.equal(one[k], other[k]) for k in one), 'as without the other seed'
     one, other = weights(out / 'supervised-s0.pt'), weights(out / 'supervised-s1.pt')
     assert not any(torch.equal(one[k], other[k]) for k in one if one[k].dim() == 4)
-    assert all(torch.equal(u, v) for u, v in zip(*(rows['supervised'] for rows in shown[1:])))
+    assert all(torch.equal(u, v) for u, v in zip(*(shown[k]['supervised'] for k in (1, -1))))
     scores = json.loads((out / 'metrics.json').read_text())['methods']['supervised']
     assert scores['0']['psnr'] != scores['1']['psnr']
     assert '±' in text_of(out / 'table.md')
+
+
+def test_pictures_show_each_method_as_soon_as_it_is_trained(tmp_path, monkeypatch):
+    shown, train = [], sud2.train
+    monkeypatch.setattr(sud2, 'grid', lambda rows, path: shown.append(list(rows)))
+    monkeypatch.setattr(sud2, 'plot', lambda panels, path: shown.append(list(panels[0][3])))
+    monkeypatch.setattr(sud2, 'train', lambda run, m, *rest: (
+        train(run, m, *rest) if m == 'supervised' else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        sud2.main(tiny(tmp_path, '--method', 'cyclegan', 'supervised', 'sud2'))
+    assert shown == [['measurement', 'cyclegan', 'truth'],
+                     ['measurement', 'cyclegan', 'supervised', 'truth'], ['supervised']]
 
 
 def test_every_method_ends_elsewhere(finished):

@@ -172,12 +172,22 @@ MUTATIONS = [
     ('sud2.py', '2 ** 16 // run.a.size', '2 ** 18 // run.a.size'),
     ('sud2.py', 'if several:', 'if not several:'),
 ]
+OF_SEVERAL_PROCESSES = [
+    ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
+    ('sud2.py', 'part.view_as(g) / cls.world', 'part.view_as(g)'),
+    ('sud2.py', 'torch.stack(parts, 1).flatten(0, 1)', 'torch.cat(parts)'),
+    ('sud2.py', 'Group.average(opt)', 'pass'),
+    ('sud2.py', 'ddpm.noise_like = lambda x, generator=None: cls.own(',
+     'ddpm.noise_like = lambda x, generator=None: (lambda v: v[:len(x)])('),
+    ('sud2.py', 'Group.gather(mirrored(x_hat, flip))', 'mirrored(x_hat, flip)'),
+    ('sud2.py', 'keep if start == steps else parts', 'keep'),
+]
 SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
 
 
-def killer(name, old, new):
-    """Runs the tests on a mutated copy -> the first test that failed, or None."""
+def killer(name, old, new, tests):
+    """Runs tests, chosen as -k does, on a mutated copy -> the first that failed, or None."""
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / 'sud2'
         shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns('.git', 'runs', '__pycache__'))
@@ -185,17 +195,18 @@ def killer(name, old, new):
         assert old in text, (name, old)
         (copy / name).write_text(text.replace(old, new, 1))
         out = subprocess.run(
-            [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k',
-             f'not ({SLOW})'], cwd=copy, capture_output=True, text=True,
+            [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k', tests],
+            cwd=copy, capture_output=True, text=True,
             env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}).stdout
         failed = re.search(r'^(?:FAILED|ERROR) \S+::(\S+)', out, re.MULTILINE)
         return failed and failed[1]
 
 
-def main(first=0, last=len(MUTATIONS)):
+def main(first=0, last=len(MUTATIONS + OF_SEVERAL_PROCESSES)):
     survivors = 0
-    for k, (name, old, new) in list(enumerate(MUTATIONS))[first:last]:
-        test = killer(name, old, new)
+    for k, (name, old, new) in list(enumerate(MUTATIONS + OF_SEVERAL_PROCESSES))[first:last]:
+        test = killer(name, old, new, f'not ({SLOW})' if k < len(MUTATIONS) else
+                      'two_processes_compute or number_of_processes')
         survivors += test is None
         print(f'{k:2d} {name}: {old!r} -> {new!r}: {test or "SURVIVED"}', flush=True)
     print(f'{last - first - survivors} of {last - first} killed')
