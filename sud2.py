@@ -1420,7 +1420,9 @@ def plan(run, split=None):
     a, f, prior = run.a, run.net(0), run.net(0, time=True)
     sizes = ([len(u) for u in (split.pairs_x, split.measurements, split.images, split.test_y)]
              if split else [a.pairs, a.measurements, a.clean, a.validation or a.test])
-    scored, whole = sizes[3], ''
+    scored, whole, kind = sizes[3], '', 'validation' if a.validation else 'test'
+    if split and split.test_x is None:
+        kind = 'unscored'
     if split and isinstance(split.test_y, list):                    # in images of --size
         scored = sum(u[0].numel() for u in split.test_y) / a.size ** 2
         whole = f' of {round(scored * a.size ** 2 / 1e6, 3):,} megapixels together'
@@ -1440,14 +1442,14 @@ def plan(run, split=None):
         gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size)).to(run.device)
         updates += 24 * a.gan_steps * a.gan_batch * forward_minutes(run, gan.to_x)
     print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {sizes[0]} pairs, '
-          f'{sizes[1]} measurements, {sizes[2]} clean, {sizes[3]} '
-          f'{"validation" if a.validation else "test"} images{whole}\n'
+          f'{sizes[1]} measurements, {sizes[2]} clean, {sizes[3]} {kind} images{whole}\n'
           f'methods: {", ".join(a.method)}; seeds {", ".join(map(str, a.seed))}; '
           f'{a.updates} updates each\n'
           f'DDPM of {millions(prior)} M, f of {millions(f)} M parameters on {run.device.type}, '
           f'{"bf16" if run.bf16 else "fp32"}, {torch.get_num_threads()} threads\n'
           f'about {priors * (not a.prior) + (updates + scores) * len(a.seed) + .1:.1f} minutes, '
-          f'{scores * len(a.seed):.1f} of them for scores (--points); output in {run.out}',
+          f'{scores * len(a.seed):.1f} of them for scores (--points)'
+          f'{", less what is done already" * any(run.out.glob("*.pt"))}; output in {run.out}',
           flush=True)
 
 

@@ -979,7 +979,11 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
     sud2.main(tiny(tmp_path / 'run', *flags))
     said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.002 megapixels together\n'
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out and '(--points); output in ' in out
+    shutil.rmtree(folders / 'test')
+    sud2.plan(sud2.Setup(tiny(tmp_path, *flags)), sud2.load_split(tiny(tmp_path, *flags), 0))
+    assert '4 clean, 4 unscored images\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('method, passes', [
@@ -1340,10 +1344,11 @@ def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
     assert other[0].tolist()[1] > 1090 and other[:, 1].min() > 560, 'in the right panel alone'
 
 
-def test_repeating_a_command_does_nothing_again(finished):
+def test_repeating_a_command_does_nothing_again(finished, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in finished.glob('*.pt')}
     sud2.main(tiny(finished, '--method', 'all'))
     assert before == {p.name: p.stat().st_mtime_ns for p in finished.glob('*.pt')}
+    assert '(--points), less what is done already; output in ' in capsys.readouterr().out
 
 
 def test_a_flag_that_differs_is_named(finished):
