@@ -760,8 +760,8 @@ def plot(panels, path, width=560, height=400):
 
 
 def curves(methods, path, truth):
-    """PSNR and the correlation of reconstructions against updates, each method's but CycleGAN's,
-    which are others."""
+    """PSNR and the correlation of reconstructions against updates, each method; not CycleGAN,
+    whose are others."""
     def series(key):
         return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
                 for m, seeds in methods.items() if seeds and m != 'cyclegan'}
