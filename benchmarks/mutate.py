@@ -171,6 +171,8 @@ MUTATIONS = [
      'x_u = Group.own(batch_of(images, *draw_batch(self.draws, len(images), run.a.batch)))'),
     ('sud2.py', '2 ** 16 // run.a.size', '2 ** 18 // run.a.size'),
     ('sud2.py', 'if several:', 'if not several:'),
+    ('sud2.py', 'asked, waiting = False, False', 'asked, waiting = False, True'),
+    ('sud2.py', "map_location='cpu').eval()", "map_location='cpu')"),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
