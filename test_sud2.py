@@ -1279,6 +1279,29 @@ def test_tables_are_those_of_the_results():
     assert importlib.import_module('pull').table_of(rows) in ablated
 
 
+def test_plots_are_those_of_the_results(tmp_path):
+    """Those in assets/, pixel by pixel, but for what another pillow may draw otherwise: some
+    edges, and letters."""
+    def result(name):
+        return json.loads((HERE / 'results' / f'{name}.json').read_text())
+
+    sys.path.insert(0, str(HERE / 'benchmarks'))
+    ablations, quality = map(importlib.import_module, ('ablations', 'quality'))
+    faces, panels = result('inpaint-faces'), {}
+    sud2.curves(faces['methods'], tmp_path / 'curves.png', faces['truth']['corr_output'])
+    for name, (x_axis, _) in ablations.ABLATIONS.items():
+        if x_axis:
+            panels[name] = ablations.panels_of(name, x_axis, result(f'ablation-{name}')['lines'])
+    panels['quality'] = quality.panels_of(result('bench-quality')['curves'])
+    for name in panels:
+        sud2.plot(panels[name], tmp_path / f'{name}.png')
+    for name in ('curves', *panels):
+        seen, drawn = (picture_of(folder / f'{name}.png') for folder in (HERE / 'assets', tmp_path))
+        wide = 560 if name == 'frontier' else 1120                  # beside it stands the legend
+        other = abs(seen[:, :wide] - drawn[:, :wide]).max(2) > 64
+        assert other.mean() < 3e-4, name
+
+
 def test_readme_help_and_examples():
     """README's copy of --help is what is printed, its examples print what they say."""
     assert sud2.command_line().format_help() in text_of('README.md')

@@ -134,6 +134,14 @@ def train(name, run, images, held, features, prior, limit, steps, goal):
     return curve
 
 
+def panels_of(curves):
+    """What is plotted: both qualities against seconds of training."""
+    return [(title, 'seconds of training', '', {
+        n: [[(c['seconds'], c[key]) for c in curve if c['loss'] < .3]]
+        for n, curve in curves.items()})
+        for key, title in (('loss', 'Held-out loss'), ('fd', 'Frechet distance of samples'))]
+
+
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument('--prior', required=True, metavar='DIR', help='a finished run')
@@ -156,11 +164,7 @@ def main():
         'command': 'python benchmarks/quality.py ' + ' '.join(sys.argv[1:]), 'curves': curves,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
                         'threads': torch.get_num_threads()}})
-    panels = [(title, 'seconds of training', '', {
-        n: [[(c['seconds'], c[key]) for c in curve if c['loss'] < .3]]
-        for n, curve in curves.items()})
-        for key, title in (('loss', 'Held-out loss'), ('fd', 'Frechet distance of samples'))]
-    sud2.plot(panels, ROOT / 'assets' / 'quality.png')
+    sud2.plot(panels_of(curves), ROOT / 'assets' / 'quality.png')
 
 
 if __name__ == '__main__':
