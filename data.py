@@ -10,6 +10,7 @@ Every source is reproducible from a seed.
     >>> x.shape, hole.shape, x.dtype, hole[0].sum().item()
     (torch.Size([2, 3, 32, 32]), torch.Size([2, 1, 32, 32]), torch.uint8, 232)
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -643,38 +644,35 @@ def image_files(folder):
     return files
 
 
+@contextlib.contextmanager
+def opened(path):
+    """-> an image file of which only the head, with width and height, is read yet. Errors: no
+    image, a broken one, also where it is decoded later, inside."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')             # of sizes that open_image refuses
+            image = Image.open(path)
+        with image:
+            yield image
+    except Exception as e:              # whatever a broken file does to the decoder
+        raise ValueError(f'{path}: not a readable image ({e})') from e
+
+
 def open_image(path, mode=None):
     """A decoded, upright picture, converted to a mode if one is given; 16-bit grey becomes 8-bit, a
     palette with transparent colours RGBA.
 
     Errors: no image, a broken one, one of too many pixels.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')             # of what is refused just below
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f'{image.width} x {image.height} pixels are too many')
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
-            if image.mode == 'P' and image.has_transparency_data:
-                image = image.convert('RGBA')
-            return image.convert(mode) if mode else image.copy()
-    except Exception as e:              # whatever a broken file does to the decoder
-        raise ValueError(f'{path}: not a readable image ({e})') from e
-
-
-def image_size(path):
-    """Width and height that a file's head tells. Errors: no image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')             # of what is refused when it is opened
-            with Image.open(path) as image:
-                return image.size
-    except Exception as e:              # whatever a broken file does to the decoder
-        raise ValueError(f'{path}: not a readable image ({e})') from e
+    with opened(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f'{image.width} x {image.height} pixels are too many')
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I'):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
+        if image.mode == 'P' and image.has_transparency_data:
+            image = image.convert('RGBA')
+        return image.convert(mode) if mode else image.copy()
 
 
 def read_square(path, size, mode='RGB'):
@@ -847,7 +845,11 @@ def crops_of_files(files, size, seed, short_side, cache, grey=None):
     most = min(each, max(1, of_all // max(1, len(files))))
 
     def rows():
-        return [number_of_crops(*reduced(*image_size(f), short_side), size, most) for f in files]
+        numbers = []
+        for f in files:
+            with opened(f) as image:
+                numbers.append(number_of_crops(*reduced(*image.size, short_side), size, most))
+        return numbers
 
     def read(i):
         u = read_whole(files[i], size, short_side, grey)

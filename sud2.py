@@ -693,13 +693,8 @@ def grid(rows, path, columns=10):
             tile = Image.fromarray(colour(image[None])[0].permute(1, 2, 0).numpy())
             tile = ImageOps.fit(tile, (side, side), Image.Resampling.BOX)
             sheet.paste(tile, (left + c * (side + 4), 4 + r * (side + 4)))
-    save_picture(sheet, path)
-
-
-def save_picture(picture, path):
-    """Writes a PNG under a temporary name, then renames it."""
-    picture.save(f'{path}.tmp', 'PNG')
-    os.replace(f'{path}.tmp', path)
+    with written(path) as part:
+        sheet.save(part, 'PNG')
 
 
 def ticks(low, high, n=5):
@@ -756,7 +751,8 @@ def plot(panels, path, width=560, height=400):
         x, y = k * (len(panels) * width + 4), k * (60 + 24 * r)
         draw.line([(x, y), (x + 26 * k, y)], hue[name], 3 * k)
         draw.text((x + 32 * k, y), name, 'black', small, anchor='lm')
-    save_picture(sheet.resize((sheet.width // k, sheet.height // k), Image.Resampling.BOX), path)
+    with written(path) as part:
+        sheet.resize((sheet.width // k, sheet.height // k), Image.Resampling.BOX).save(part, 'PNG')
 
 
 def curves(methods, path, truth):
@@ -988,22 +984,32 @@ def load(path, about):
     return saved
 
 
+@contextlib.contextmanager
+def written(path):
+    """-> a temporary name to write to, renamed to path in the end: never half a file there."""
+    part = Path(f'{path}.tmp')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(path, value):
-    """Writes a checkpoint under a temporary name, then renames it: never half a file."""
+    """Writes a checkpoint."""
     if Group.rank:                                      # one process writes
         return
     try:
-        torch.save(value, f'{path}.tmp')
+        with written(path) as part:
+            torch.save(value, part)
     except RuntimeError as e:                           # torch's word for a full disk
-        Path(f'{path}.tmp').unlink(missing_ok=True)
         raise OSError(f'{path}: cannot be written, is the disk full?') from e
-    os.replace(f'{path}.tmp', path)
 
 
 def write_json(path, value):
-    """Writes JSON under a temporary name, then renames it."""
-    Path(f'{path}.tmp').write_text(json.dumps(value, indent=1) + '\n')
-    os.replace(f'{path}.tmp', path)
+    """Writes JSON."""
+    with written(path) as part:
+        part.write_text(json.dumps(value, indent=1) + '\n')
 
 
 # what may differ when a run goes on
@@ -1490,9 +1496,9 @@ def restore_pictures(a):
             same_colours = picture.mode.rstrip('A') == result.mode.rstrip('A')      # not of CMYK
             profile = picture.info.get('icc_profile') if same_colours else None
             path.parent.mkdir(parents=True, exist_ok=True)
-            result.save(f'{path}.tmp', Image.registered_extensions()[g.suffix.lower()], quality=95,
-                        icc_profile=profile)
-            os.replace(f'{path}.tmp', path)
+            with written(path) as part:
+                result.save(part, Image.registered_extensions()[g.suffix.lower()], quality=95,
+                            icc_profile=profile)
             taken.add(path.resolve())
             print(path)
         except (ValueError, OSError, KeyError) as e:

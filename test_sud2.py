@@ -2295,6 +2295,7 @@ def a_full_disk(folder):
 def test_a_full_disk_is_told_in_one_line(meanwhile):
     r = meanwhile(a_full_disk) or pytest.skip('needs a shell')
     assert r.returncode == 2 and len(r.stderr.splitlines()) == 1 and 'prior.pt' in r.stderr
+    assert not list(Path(r.args[-1]).glob('*.tmp')), 'no half of a file stays'
 
 
 @pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't allocate memory"),
