@@ -706,12 +706,14 @@ def ticks(low, high, n=5):
     return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def plot(panels, path, width=560, height=400):
+def plot(panels, path, log=False):
     """Panels side by side: (title, x label, y label, {name: [[(x, y), ...] a seed]}) each.
 
-    A line is the mean over seeds; a band spans them. One legend, at the right.
+    A line is the mean over seeds; a band spans them. One legend, at the right. log: x goes by
+    ratios, with ticks at its values.
     """
-    k = 2                                               # drawn twice as large, then reduced
+    k, width, height = 2, 560, 400                      # drawn twice as large, then reduced
+    place = math.log if log else float
     names = list(dict.fromkeys(n for p in panels for n in p[3]))
     hue = dict(zip([n for n in names if n not in COLOURS], OTHERS * len(names))) | COLOURS
     font, small = ImageFont.load_default(15 * k), ImageFont.load_default(13 * k)
@@ -721,17 +723,19 @@ def plot(panels, path, width=560, height=400):
     for i, (title, x_label, y_label, series) in enumerate(panels):
         points = [pt for seeds in series.values() for line in seeds for pt in line]
         xs, ys = (ticks(min(v), max(v)) for v in zip(*points))
+        xs = sorted({x for x, _ in points}) if log else xs
         box = (i * width + 70, 40, (i + 1) * width - 16, height - 56)
 
         def at(x, y):
-            return (k * (box[0] + (x - xs[0]) / (xs[-1] - xs[0]) * (box[2] - box[0])),
+            share = (place(x) - place(xs[0])) / (place(xs[-1]) - place(xs[0]))
+            return (k * (box[0] + share * (box[2] - box[0])),
                     k * (box[3] - (y - ys[0]) / (ys[-1] - ys[0]) * (box[3] - box[1])))
         for x in xs:
             draw.line([at(x, ys[0]), at(x, ys[-1])], '#dddddd', k)
             draw.text((at(x, 0)[0], k * (box[3] + 6)), f'{x:g}', 'black', small, anchor='mt')
         for y in ys:
             draw.line([at(xs[0], y), at(xs[-1], y)], '#dddddd', k)
-            draw.text((k * (box[0] - 6), at(0, y)[1]), f'{y:.6g}', 'black', small, anchor='rm')
+            draw.text((k * (box[0] - 6), at(xs[0], y)[1]), f'{y:.6g}', 'black', small, anchor='rm')
         draw.rectangle([at(xs[0], ys[-1]), at(xs[-1], ys[0])], None, 'black', k)
         centre = k * (box[0] + box[2]) / 2
         draw.text((centre, k * 14), title, 'black', font, anchor='mt')

@@ -1287,15 +1287,13 @@ def test_plots_are_those_of_the_results(tmp_path):
 
     sys.path.insert(0, str(HERE / 'benchmarks'))
     ablations, quality = map(importlib.import_module, ('ablations', 'quality'))
-    faces, panels = result('inpaint-faces'), {}
+    faces = result('inpaint-faces')
     sud2.curves(faces['methods'], tmp_path / 'curves.png', faces['truth']['corr_output'])
-    for name, (x_axis, _) in ablations.ABLATIONS.items():
-        if x_axis:
-            panels[name] = ablations.panels_of(name, x_axis, result(f'ablation-{name}')['lines'])
-    panels['quality'] = quality.panels_of(result('bench-quality')['curves'])
-    for name in panels:
-        sud2.plot(panels[name], tmp_path / f'{name}.png')
-    for name in ('curves', *panels):
+    names = [name for name, (x_axis, _) in ablations.ABLATIONS.items() if x_axis]
+    for name in names:
+        ablations.draw(name, result(f'ablation-{name}')['lines'], tmp_path / f'{name}.png')
+    sud2.plot(quality.panels_of(result('bench-quality')['curves']), tmp_path / 'quality.png')
+    for name in ('curves', *names, 'quality'):
         seen, drawn = (picture_of(folder / f'{name}.png') for folder in (HERE / 'assets', tmp_path))
         wide = 560 if name == 'frontier' else 1120                  # beside it stands the legend
         other = abs(seen[:, :wide] - drawn[:, :wide]).max(2) > 64
@@ -1367,6 +1365,11 @@ def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
         assert (seen[top:bottom, left:right] < 100).any(), written
     other = np.argwhere((seen == [0x56, 0xB4, 0xE9]).all(2))
     assert other[0].tolist()[1] > 1090 and other[:, 1].min() > 560, 'in the right panel alone'
+    sud2.plot([('', '', '', {'sud2': [[(1, 0), (10, 9), (100, 0)]]})], tmp_path / 'log.png', True)
+    blue = np.argwhere((picture_of(tmp_path / 'log.png')[:, :560] == [0, 0x72, 0xB2]).all(2))
+    peak, low, high = (blue[k, 1] for k in (blue[:, 0].argmin(), blue[:, 1].argmin(),
+                                            blue[:, 1].argmax()))
+    assert abs(peak - 307) < 5 and low < 73 and high > 540, 'the middle of 1 and 100 is 10'
 
 
 def test_repeating_a_command_does_nothing_again(finished, capsys):

@@ -193,6 +193,12 @@ def panels_of(name, x_axis, points):
             ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
 
 
+def draw(name, points, path):
+    """The plot of an ablation; numbers of images from few to many go by ratios."""
+    x_axis = ABLATIONS[name][0]
+    sud2.plot(panels_of(name, x_axis, points), path, log=x_axis in ('pairs', 'clean'))
+
+
 def main():
     p = argparse.ArgumentParser(description='Runs ablations of sud2.', allow_abbrev=False)
     p.add_argument('names', nargs='*', metavar='NAME',
@@ -210,7 +216,7 @@ def main():
                             'threads': sud2.torch.get_num_threads()}, 'lines': points})
         print(f'\n{table_of(x_axis, points)}\n', flush=True)
         if x_axis:
-            sud2.plot(panels_of(name, x_axis, points), ROOT / 'assets' / f'{name}.png')
+            draw(name, points, ROOT / 'assets' / f'{name}.png')
 
 
 if __name__ == '__main__':
