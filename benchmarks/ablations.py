@@ -189,8 +189,9 @@ def panels_of(name, x_axis, points):
     def series(key):
         return {line: [[(float(s['flags'][-1]), s['seeds'][seed][key]) for s in runs]
                        for seed in runs[0]['seeds']] for line, runs in points.items()}
-    return [('PSNR on the test images', x_axis, 'dB', series('psnr')),
-            ('Frechet distance of prior features', x_axis, '', series('fd_prior'))]
+    label = {'clean': 'clean images', 'updates': 'updates of f'}.get(x_axis, x_axis)
+    return [('PSNR on the test images', label, 'dB', series('psnr')),
+            ('Frechet distance of prior features', label, '', series('fd_prior'))]
 
 
 def draw(name, points, path):
