@@ -370,8 +370,10 @@ def prior_times(T, n, g, device):
     return Group.own(ln_t.exp().clamp(max=T - 1).long())            # Dev. 8
 
 
-def learning_rate(step, steps, warmup=50):
-    """Factor of the learning rate: linear warm-up, then a cosine down to 0."""
+def learning_rate(step, steps):
+    """Factor of the learning rate: linear warm-up over 50 steps, or an eighth of fewer than 400,
+    and a cosine down to 0."""
+    warmup = min(50, steps / 8)
     return min(1, (step + 1) / warmup) * .5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -1181,8 +1183,8 @@ def peak_mib():
 
 
 # ---------------------------------------------------------------------------- command line
-QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'width': 32, 'prior_steps': 150,
-         'denoiser_steps': 80, 'updates': 100, 'warmup': 30, 'gan_steps': 40}
+QUICK = {'clean': 1000, 'measurements': 200, 'test': 64, 'width': 32, 'batch': 8, 'updates': 60,
+         'warmup': 20, 'prior_batch': 16, 'prior_steps': 80, 'denoiser_steps': 80, 'gan_steps': 40}
 
 
 class Positive:

@@ -1549,6 +1549,7 @@ def test_an_unfinished_checkpoint_that_lacks_a_part_is_named(finished, tmp_path)
 
 def test_learning_rate_and_batches():
     assert sud2.learning_rate(0, 1000) == pytest.approx(1 / 50)
+    assert sud2.learning_rate(1, 64) == pytest.approx(2 / 8, rel=.01)
     assert sud2.learning_rate(500, 1000) == pytest.approx(0.5)
     assert sud2.learning_rate(1000, 1000) == pytest.approx(0)
     u = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4) * 85
@@ -2426,9 +2427,9 @@ def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
             assert name in str(e) or str(e).startswith('--'), e
 
 
-TWENTY = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20',
-          '--gan-steps', '2', '--test', '13', '--precision', 'fp32', '--method', 'cyclegan',
-          'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
+TWENTY = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20', '--lr', '3e-4',
+          '--prior-lr', '8e-4', '--gan-steps', '2', '--test', '13', '--precision', 'fp32',
+          '--method', 'cyclegan', 'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node', '2']
 
 

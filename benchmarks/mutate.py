@@ -174,6 +174,7 @@ MUTATIONS = [
     ('sud2.py', 'asked, waiting = False, False', 'asked, waiting = False, True'),
     ('sud2.py', "map_location='cpu').eval()", "map_location='cpu')"),
     ('sud2.py', 'place = math.log if log', 'place = float if log'),
+    ('sud2.py', 'min(50, steps / 8)', '50'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
