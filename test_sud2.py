@@ -1186,8 +1186,8 @@ def test_losses_are_on_where_the_table_says_so(finished, tmp_path, weight, names
     """With one weight alone above 0 only its loss can part a method from supervised."""
     methods = [m for m, method in sud2.METHODS.items() if m != 'cyclegan' and method.lam1 is None]
     sud2.main(tiny(tmp_path, '--method', *methods, '--lam1', '0', '--lam2', '0', '--lam3', '0',
-                   weight, '0.5', '--points', '1', '--prior', str(finished), '--average-from',
-                   '6'))        # never: sud2-kl+g alone is not drawn to its mean
+                   weight, '0.5', '--points', '1', '--prior', str(finished), '--warmup', '1',
+                   '--updates', '3', '--average-from', '3'))  # never: sud2-kl+g is not drawn to it
     assert names == [m for m in methods if not same_weights(
         tmp_path, tmp_path, f'{m}-s0.pt', 'supervised-s0.pt')]
 
@@ -1410,7 +1410,8 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, part):
         return original(run, name, parts, update, cut_schedule, *more)
 
     monkeypatch.setattr(sud2, 'fit', cut)
-    flags = tiny(tmp_path, '--method', method, '--save-every', '0')
+    prior = ['--prior', str(finished)] if '-s0' in part else []
+    flags = tiny(tmp_path, '--method', method, '--save-every', '0', '--points', '1', *prior)
     with pytest.raises(Cut):
         sud2.main(flags)
     monkeypatch.setattr(sud2, 'fit', original)
