@@ -724,8 +724,9 @@ def plot(panels, path, log=False):
     draw = ImageDraw.Draw(sheet, 'RGBA')
     for i, (title, x_label, y_label, series) in enumerate(panels):
         points = [pt for seeds in series.values() for line in seeds for pt in line]
-        xs, ys = (ticks(min(v), max(v)) for v in zip(*points))
-        xs = sorted({x for x, _ in points}) if log else xs
+        all_x, all_y = zip(*points)
+        xs = sorted(set(all_x)) if log else ticks(min(all_x), max(all_x))
+        ys = ticks(min(all_y), max(all_y))
         box = (i * width + 70, 40, (i + 1) * width - 16, height - 56)
 
         def at(x, y):
