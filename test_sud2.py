@@ -2428,6 +2428,7 @@ def test_fuzzed_checkpoints_and_configs(finished, tmp_path):
             assert name in str(e) or str(e).startswith('--'), e
 
 
+# short steps: long ones make much of rounding
 TWENTY = [*TINY, '--prior-steps', '20', '--denoiser-steps', '20', '--updates', '20', '--lr', '3e-4',
           '--prior-lr', '8e-4', '--gan-steps', '2', '--test', '13', '--precision', 'fp32',
           '--method', 'cyclegan', 'sud-te', 'sud2', 'sud2-kl', 'sud2-kl+g']
