@@ -162,10 +162,11 @@ def train(run, method, seed, split, models, score):
 
     def schedule(step):                         # what differs from one update to the next
         falls = learning_rate(step, a.updates)
+        endless = falls * min(1, 400 / a.updates)   # many pulls add up to no more than 400 do
         ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
         return {'lr': a.lr * falls, 'decay': teacher_decay(step),
                 'keeps': mean_decay(step, a.average_from),
-                'lam1': ramp * (falls if m.label in ENDLESS else 1) * most,     # Dev. 10
+                'lam1': ramp * (endless if m.label in ENDLESS else 1) * most,   # Dev. 10
                 'with_unpaired': bool(m.label and any(weights) and step >= a.warmup)}
 
     def update(lr, decay, keeps, lam1, with_unpaired):
@@ -849,12 +850,18 @@ def generators(seed, device):
     return [torch.Generator(device).manual_seed(seed + k) for k in range(3)]
 
 
+def replays(device):
+    """Whether updates are replayed as CUDA graphs; each process of several launches its kernels one
+    by one, for the messages between them."""
+    return device.type == 'cuda' and Group.world == 1
+
+
 def recorded(update, parts, device):
     """update(**values) as this device does it best. On a GPU, where starting the thousands of small
     kernels of an update takes several times longer than running them, it becomes a CUDA graph: one
-    for each set of choices among the values (those of type bool). Each process of several launches
-    its own kernels, for their messages. parts: what the update changes, generators among it."""
-    if device.type != 'cuda' or Group.world > 1:
+    for each set of choices among the values (those of type bool). parts: what the update changes,
+    generators among it."""
+    if not replays(device):
         return update
     graphs, generators = {}, [p for p in parts.values() if isinstance(p, torch.Generator)]
 
@@ -1424,7 +1431,8 @@ def forward_minutes(run, net, *more):
         with torch.no_grad(), run.amp():
             net(x, *(u[:n] for u in more)).sum().item()
         seconds.append(time.perf_counter() - began)
-    return 1.4 * min(seconds) / n / 60      # optimisers and the rest take another two fifths
+    # optimisers and the rest take another two fifths; replayed it all takes a seventh
+    return (.2 if replays(run.device) else 1.4) * min(seconds) / n / 60
 
 
 def plan(run, split=None):

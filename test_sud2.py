@@ -366,6 +366,19 @@ def test_lam1_falls_where_a_pull_does_not_end_by_itself(tmp_path, monkeypatch, m
                                   for k, r in zip(range(1, 10), ramp + 7 * [1])])
 
 
+@pytest.mark.parametrize('method, ends', [('sud', False), ('sud2', False), ('sud2-kl', True)])
+def test_a_long_run_is_pulled_no_more_in_all_than_one_of_400_updates(tmp_path, monkeypatch, method,
+                                                                     ends):
+    monkeypatch.setattr(sud2, 'fit', lambda run, name, parts, update, schedule, steps, *more: [
+        schedule(k)['lam1'] for k in range(steps)])
+    for updates, share in ((300, 1), (400, 1), (2000, 1 / 5)):
+        run = sud2.Setup(tiny(tmp_path, '--updates', str(updates)))
+        models = sud2.Models(run.net(0, time=True))
+        _, _, used = sud2.train(run, method, 0, None, models, None)     # nothing is drawn
+        assert used == pytest.approx([run.a.lam1 * (1 if ends else share * sud2.learning_rate(
+            k, updates)) for k in range(updates)])
+
+
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     """KL(p_{f+ν} ‖ p_{x+ν}) of three outputs on a line, integrated on a grid, by autograd."""
     t, s = 250, 0.2
@@ -1011,16 +1024,19 @@ def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, met
         assert f'about {wanted} minutes, {scores} of them for' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('size, images', [(16, 16), (64, 16), (128, 4), (512, 1)])
+@pytest.mark.parametrize('size, images, replays, factor', [
+    (16, 16, False, 1.4), (64, 16, True, .2), (128, 4, False, 1.4), (512, 1, False, 1.4)])
 def test_the_planned_minutes_come_from_few_images_of_large_sizes(
-        tmp_path, monkeypatch, size, images):
-    """The quicker of two passes that take 50 and 30 seconds; time for optimisers is added."""
+        tmp_path, monkeypatch, size, images, replays, factor):
+    """The quicker of two passes that take 50 and 30 seconds; time for optimisers is added, and a
+    seventh of all is left where CUDA graphs are replayed."""
     seen, clock = [], iter((0., 50., 60., 90.))
+    monkeypatch.setattr(sud2, 'replays', lambda device: replays)
     monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
     run = sud2.Setup(tiny(tmp_path, '--size', str(size)))
     minutes = sud2.forward_minutes(run, lambda x, t: (seen.append((x.shape, len(t))), x)[1],
                                    torch.zeros(16))
-    assert minutes == pytest.approx(1.4 * 30 / images / 60)
+    assert minutes == pytest.approx(factor * 30 / images / 60)
     assert seen == [((images, 3, size, size), images)] * 2
 
 
@@ -1263,7 +1279,7 @@ def test_tables_are_those_of_the_results():
                  'inpaint-celeba-64-cpu', 'inpaint-celeba-64-2000', 'inpaint-faces-gpu',
                  'inpaint-faces-other-seeds', 'inpaint-celeba-other-seeds',
                  'dehaze-scenes-other-seeds', 'inpaint-faces-64', 'inpaint-faces-64-2000',
-                 'inpaint-faces-128'):
+                 'inpaint-faces-128', 'inpaint-faces-128-gpu'):
         methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
         assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
     sys.path.insert(0, str(HERE / 'benchmarks'))

@@ -45,9 +45,12 @@ ABLATIONS = {
                         for m in UNPAIRED}),
     'stability': ('updates', {m: [['--method', m, '--updates', n] for n in ('400', '2000')]
                               for m in ('supervised', 'sud2', 'sud2-kl', 'sud2-kl+g')} | {
-        f'{m}, not drawn to its mean': [
-            ['--method', m, '--average-from', '2000', '--updates', '2000']]
-        for m in ('supervised', 'sud2', 'sud2-kl')}),
+        f'{m}, {what}': [['--method', m, *flags, '--updates', '2000']]
+        for m, what, *flags in (
+            ('sud2', 'lam1 1', '--lam1', '1'),
+            ('sud2', 'lam1 1, not drawn to its mean', '--lam1', '1', '--average-from', '2000'),
+            ('supervised', 'not drawn to its mean', '--average-from', '2000'),
+            ('sud2-kl', 'not drawn to its mean', '--average-from', '2000'))}),
     'choices': (None, {f'{m}, {what}': [['--method', m, *flags]] for m, what, *flags in (
         ('supervised', 'as it is'), ('sud+reg+noise', 'as it is'), ('sud2', 'as it is'),
         ('sud2-kl', 'as it is'), ('sud2-kl+g', 'as it is'), ('oracle', 'as it is'),
