@@ -670,15 +670,17 @@ def test_cyclegan_blocks_by_hand():
     def standard(v):
         return (v - v.mean((2, 3), True)) / v.std((2, 3), keepdim=True, correction=0)
     assert_close(block(h), h + standard(standard(h).clamp(min=0)), atol=1e-3, rtol=1e-3)
-    for layers, patch in ((3, 70), (2, 34)):
+    for layers, patch, padded in ((3, 70, 23), (2, 34, 11)):
         net, x = cyclegan.discriminator(1, 4, layers), torch.rand(1, 1, 128, 128).requires_grad_()
         for k, layer in enumerate(net):
             net[k] = torch.nn.Identity() if isinstance(layer, torch.nn.InstanceNorm2d) else layer
         assert {m.negative_slope for m in net if isinstance(m, torch.nn.LeakyReLU)} == {0.2}
         verdict = net(x)
-        verdict[0, 0, verdict.shape[2] // 2, verdict.shape[3] // 2].backward()
-        assert [side.sum().item() for side in ((x.grad[0, 0] != 0).any(d) for d in (0, 1))] == [
-            patch, patch]
+        k = verdict.shape[2] // 2
+        verdict[0, 0, k, k].backward()
+        for d in (0, 1):
+            begin, *_, last = (x.grad[0, 0] != 0).any(d).nonzero().flatten().tolist()
+            assert (begin, last - begin + 1) == (k * 2 ** layers - padded, patch)
     opt_G, opt_D = cyclegan.optimisers(SimpleNamespace(
         generators=block.parameters, discriminators=net.parameters, parameters=net.parameters))
     for opt, ours in ((opt_G, block), (opt_D, net)):
@@ -878,6 +880,7 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
     with pytest.raises(ValueError, match='narrow.png: 30 x 30, but .*x.png is 40 x 30'):
         data.read_pair(tmp_path / 'x.png', tmp_path / 'narrow.png', 16)
     assert data.read_whole(tmp_path / 'x.png', 16, short_side=20).shape == (3, 20, 27)
+    assert data.read_whole(tmp_path / 'x.png', 30).shape == (3, 30, 40), 'no less than the crops'
     small = [(a[k], b[k]) for k in range(3)]
     assert torch.equal(data.scored(small, 16)[1], b[:3])
     assert [v.shape for v in data.scored([*small, (u, v)], 16)[0]] == [(3, 16, 16)] * 3 + [u.shape]

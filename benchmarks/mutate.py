@@ -177,6 +177,8 @@ MUTATIONS = [
     ('sud2.py', "map_location='cpu').eval()", "map_location='cpu')"),
     ('sud2.py', 'place = math.log if log', 'place = float if log'),
     ('sud2.py', 'min(50, steps / 8)', '50'),
+    ('data.py', 'if min(image.size) < size:', 'if min(image.size) <= size:'),
+    ('cyclegan.py', 'channels, width, 4, stride=2, padding=1)', 'channels, width, 4, stride=2, padding=2)'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
