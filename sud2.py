@@ -156,7 +156,7 @@ def train(run, method, seed, split, models, score):
                                   a.lam2 if m.reg else 0, a.lam3 if m.clean else 0)
     f = run.net(seed, residual=True)                                # Dev. 6
     opt = Muon(f, a.lr)                                             # Dev. 9
-    mean = copy.deepcopy(f).requires_grad_(False)                   # of its weights, in time
+    mean = copy.deepcopy(f)                                         # of its weights, in time
     paired, curve = generators(100 * seed, run.device)[0], []
     unpaired = Unpaired(run, m, seed, split, models, f)
 
@@ -244,7 +244,7 @@ class Unpaired:
         if label == 'entropy':
             descend(fake_loss, self.fake, self.fake_opt, a.kl_lr)
         losses = {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
-                  'corr': metrics.correlation(x_hat.detach())}
+                  'corr': metrics.correlation(x_hat)}
         if self.method.clean:
             losses['clean'] = self.clean_loss(x, y, x_hat.detach(), y_u)
         return losses
@@ -1104,7 +1104,7 @@ class Group:
         ddpm.noise_like = lambda x, generator=None: cls.own(
             noise_like(x.new_empty(len(x) * cls.world, *x.shape[1:]), generator))
         cyclegan.pooled = lambda pool, images, generator: cls.own(
-            pooled(pool, cls.gather(images.detach()), generator))
+            pooled(pool, cls.gather(images), generator))
         return device
 
     @classmethod

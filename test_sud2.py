@@ -379,6 +379,49 @@ def test_a_long_run_is_pulled_no_more_in_all_than_one_of_400_updates(tmp_path, m
             k, updates)) for k in range(updates)])
 
 
+def test_what_is_fixed_is_in_no_graph(tmp_path, monkeypatch):
+    """Labels, what they are made from, and what an update tells: a graph that is kept costs memory,
+    or bends f. All weights here want gradients, as those of a prior from elsewhere may."""
+    run = sud2.Setup(tiny(tmp_path, '--updates', '3', '--warmup', '1', '--points', '1'))
+    split, fixed, compare = sud2.load_split(run.a, 0), [], sud2.denoiser_loss
+    begin, mean = sud2.Unpaired.start, sud2.Group.mean
+    monkeypatch.setattr(sud2, 'denoiser_loss', lambda x_hat, label: (
+        fixed.append(label), compare(x_hat, label))[1])
+    monkeypatch.setattr(sud2.Unpaired, 'start', lambda *what: (
+        fixed.append(begin(*what)), fixed[-1])[1])
+    monkeypatch.setattr(sud2.Group, 'mean', lambda numbers: (
+        fixed.extend(numbers.values()), mean(numbers))[1])
+    ema, _ = sud2.train_prior(run, split.images, 'prior')
+    fixed += ema.parameters()
+    prior, other = run.net(0, time=True), run.net(0, residual=True)
+    models = sud2.Models(prior, other, SimpleNamespace(to_x=other))
+    for method in 'cyclegan-ssl', 'sud-te', 'sud-mt', 'sud2', 'sud2-kl':
+        sud2.train(run, method, 0, split, models, lambda f: {})
+    x_hat = torch.randn(2, 3, 16, 16, requires_grad=True)
+    label, loss = sud2.entropy_label(x_hat, prior, prior, run.a, ACP, None)
+    assert torch.autograd.grad(loss, x_hat, allow_unused=True) == (None,), 'D^f learns, f does not'
+    assert len(fixed) > 50 and not any(v.requires_grad for v in (label, *fixed))
+
+
+def test_scores_take_no_gradients(tmp_path):
+    class Network:
+        factor = 1
+
+        def __call__(self, x, *t, latent=False):
+            assert not torch.is_grad_enabled()
+            return (x, x) if latent else x
+
+        def encode(self, x, t):
+            return *self(x, latent=True), None
+
+    run, u = sud2.Setup(tiny(tmp_path)), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    sud2.held_out_loss(run, Network(), u)
+    sud2.reconstruct(run, Network(), u)
+    sud2.whole(run, Network(), data.to_float(u[:1]))
+    sud2.prior_features(run, Network(), data.to_float(u))
+    sud2.forward_minutes(run, Network())
+
+
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
     """KL(p_{f+ν} ‖ p_{x+ν}) of three outputs on a line, integrated on a grid, by autograd."""
     t, s = 250, 0.2
@@ -570,13 +613,19 @@ def test_lpips_and_fid_columns(tmp_path):
     _, _, files = lpips_files(tmp_path)
 
     class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
         def forward(self, u, return_features: bool = False):
             asked = return_features and not self.training           # 3 features, else many
-            return u.float().mean((2, 3)) if asked else u.float()
+            return self.scale * u.float().mean((2, 3)) if asked else u.float()
 
     torch.jit.script(Features()).save(tmp_path / 'inception.pt')
-    sud2.main(tiny(tmp_path / 'run', '--method', 'supervised', '--size', '32', '--lpips-weights',
-                   *map(str, files), '--fid-weights', str(tmp_path / 'inception.pt')))
+    flags = tiny(tmp_path / 'run', '--method', 'supervised', '--size', '32', '--lpips-weights',
+                 *map(str, files), '--fid-weights', str(tmp_path / 'inception.pt'))
+    assert not sud2.optional_metrics(flags)[1](torch.ones(2, 3, 4, 4).byte()).requires_grad
+    sud2.main(flags)
     s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['supervised']['0']
     assert s['lpips'] > 0 and s['fid'] > 0 and s['fid_features'] == 3
     assert '| FID-3 ↓ |' in text_of(tmp_path / 'run/table.md')
@@ -726,12 +775,15 @@ def test_cyclegan_pool_gives_back_old_images_half_of_the_time():
     assert cyclegan.pooled([], torch.ones(1, 1).bfloat16(), g).dtype == torch.float32
 
 
-def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses():
+def test_cyclegan_step_moves_generators_and_discriminators_by_their_own_losses(monkeypatch):
     torch.manual_seed(0)
-    gan = cyclegan.CycleGAN(3, 16, 1, 2)
+    gan, learns = cyclegan.CycleGAN(3, 16, 1, 2), []
+    monkeypatch.setattr(cyclegan, 'generator_loss', lambda gan, y, x, of=cyclegan.generator_loss: (
+        learns.extend(p.requires_grad for p in gan.discriminators()), of(gan, y, x))[1])
     opt_G, opt_D = cyclegan.optimisers(gan, 0.0)
     y, x = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
-    cyclegan.train_step(gan, opt_G, opt_D, y, x)
+    told = cyclegan.train_step(gan, opt_G, opt_D, y, x)
+    assert not any(learns) and not any(v.requires_grad for v in told.values())
     terms, fake_y, fake_x = cyclegan.generator_loss(gan, y, x)
     expected = torch.autograd.grad(sum(terms.values()), gan.generators())
     for p, e in zip(gan.generators(), expected):
