@@ -1334,7 +1334,7 @@ def test_tables_are_those_of_the_results():
                  'inpaint-celeba-64-cpu', 'inpaint-celeba-64-2000', 'inpaint-faces-gpu',
                  'inpaint-faces-other-seeds', 'inpaint-celeba-other-seeds',
                  'dehaze-scenes-other-seeds', 'inpaint-faces-64', 'inpaint-faces-64-2000',
-                 'inpaint-faces-128', 'inpaint-faces-128-gpu'):
+                 'inpaint-faces-128', 'inpaint-faces-128-gpu', 'dehaze-scenes-2000'):
         methods = json.loads((HERE / 'results' / f'{name}.json').read_text())['methods']
         assert sud2.table(methods) in (readme if name == 'inpaint-faces' else tables)
     sys.path.insert(0, str(HERE / 'benchmarks'))
