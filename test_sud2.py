@@ -1555,7 +1555,7 @@ def test_an_update_is_recorded_once_for_each_choice(monkeypatch):
 def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys):
     """Of 12 updates of two seconds, as a save takes: a line after more than 5, a save after 8. The
     rate is that since the line before."""
-    run, saved = sud2.Setup(tiny(tmp_path / 'new', '--save-every', '8')), []
+    run, saved = sud2.Setup(tiny(tmp_path / 'new/run', '--save-every', '8')), []
     monkeypatch.setattr(sud2, 'save', lambda path, value: saved.append(
         (value['step'], value['seconds'])))
     monkeypatch.setattr(time, 'monotonic', iter(range(50, 150, 2)).__next__)
@@ -1704,7 +1704,8 @@ def test_scores_by_hand(tmp_path):
     assert several['psnr'] == pytest.approx(s['psnr']) and several['psnr_hole'] is None
     assert several['ssim'] == pytest.approx(s['ssim'])
     u = torch.tensor([[[1, 1], [1, 0]]])
-    assert [sud2.same_size([v], 1).item() for v in (u.byte(), u.float())] == [1, .75]
+    small = [sud2.same_size([v], 1) for v in (u.byte(), u.float())]
+    assert [(v.item(), v.dtype) for v in small] == [(1, torch.uint8), (.75, torch.float32)]
 
 
 def test_gap_closed_is_measured_from_the_best_supervised_value():

@@ -195,6 +195,8 @@ MUTATIONS = [
     ('sud2.py', 'no_grad():\n                made', 'enable_grad():\n                made'),
     ('sud2.py', 'no_grad(), run.amp():\n            losses', 'enable_grad(), run.amp():\n            losses'),
     ('sud2.py', 'no_grad(), run.amp():\n            out', 'enable_grad(), run.amp():\n            out'),
+    ('sud2.py', 'small.round().byte()', 'small.round()'),
+    ('sud2.py', 'run.out.mkdir(parents=True', 'run.out.mkdir(parents=False'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
