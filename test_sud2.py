@@ -755,6 +755,7 @@ def test_cyclegan_losses_by_hand():
     assert_close(fake_y, x - 0.25)
     loss = cyclegan.discriminator_loss(lambda v: v, torch.tensor([0.7]), torch.tensor([0.4]))
     assert_close(loss.item(), 0.5 * (0.3**2 + 0.4**2))
+    assert cyclegan.gan_loss(torch.ones(2, dtype=torch.bfloat16), True).dtype == torch.float32
     assert [cyclegan.linear_decay(k, 8) for k in (0, 4, 6, 8)] == [1, 1, 0.5, 0]
 
 

@@ -197,6 +197,7 @@ MUTATIONS = [
     ('sud2.py', 'no_grad(), run.amp():\n            out', 'enable_grad(), run.amp():\n            out'),
     ('sud2.py', 'small.round().byte()', 'small.round()'),
     ('sud2.py', 'run.out.mkdir(parents=True', 'run.out.mkdir(parents=False'),
+    ('cyclegan.py', '(verdict.float() - ', '(verdict - '),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
