@@ -851,7 +851,7 @@ def test_scenes_are_reproducible_and_haze_follows_its_formula():
 
 
 def test_dehaze_runs_in_grey_and_has_no_hole(tmp_path):
-    sud2.main(tiny(tmp_path, '--task', 'dehaze', '--channels', '1'))
+    sud2.main(tiny(tmp_path, '--task', 'dehaze', '--channels', '1', '--method', 'sud2'))
     s = json.loads((tmp_path / 'metrics.json').read_text())['methods']['sud2']['0']
     assert s['psnr'] > 0 and s['psnr_hole'] is None and s['psnr_visible'] is None
     assert weights(tmp_path / 'sud2-s0.pt')['head.weight'].shape[0] == 2   # and a share
@@ -960,7 +960,7 @@ def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
 def test_custom_folders_train_score_and_restore(folders, tmp_path):
     """Any sizes go in; what comes out has the input's name, size and alpha, and nothing is lost."""
     run, out = tmp_path / 'run', tmp_path / 'new/out'
-    sud2.main(tiny(run, '--task', 'custom', '--data', str(folders)))
+    sud2.main(tiny(run, '--task', 'custom', '--data', str(folders), '--method', 'sud2'))
     s = json.loads((run / 'metrics.json').read_text())['methods']['sud2']['0']
     assert s['psnr'] > 0 and s['ssim'] > 0 and s['fd_prior'] > 0 and (run / 'grid.png').exists()
     inputs = tmp_path / 'in'
@@ -1028,7 +1028,8 @@ def test_custom_without_test_images_leaves_pictures_and_no_scores(folders, tmp_p
     s = json.loads((tmp_path / 'one/metrics.json').read_text())['methods']['supervised']['0']
     assert s['psnr'] > 0 and s['fd_prior'] is None and (tmp_path / 'one/curves.png').exists()
     shutil.rmtree(folders / 'test')
-    sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1'))
+    sud2.main(tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--pairs', '1',
+                   '--method', 'sud2'))
     s = json.loads((tmp_path / 'run/metrics.json').read_text())['methods']['sud2']['0']
     assert s['psnr'] is None and s['best_psnr'] is None and s['corr_output'] is not None
     assert (tmp_path / 'run/grid.png').exists() and (tmp_path / 'run/curves.png').exists()
@@ -1254,14 +1255,18 @@ def test_without_lambdas_or_still_warming_up_it_is_supervised_bit_for_bit(
 
 @pytest.mark.parametrize('weight, names', [
     ('--lam2', ['sud+reg', 'sud+reg+noise', 'sud2']), ('--lam3', ['sud2-kl', 'sud2-kl+g'])])
-def test_losses_are_on_where_the_table_says_so(finished, tmp_path, weight, names):
+def test_losses_are_on_where_the_table_says_so(tmp_path, weight, names):
     """With one weight alone above 0 only its loss can part a method from supervised."""
     methods = [m for m, method in sud2.METHODS.items() if m != 'cyclegan' and method.lam1 is None]
-    sud2.main(tiny(tmp_path, '--method', *methods, '--lam1', '0', '--lam2', '0', '--lam3', '0',
-                   weight, '0.5', '--points', '1', '--prior', str(finished), '--warmup', '1',
-                   '--updates', '3', '--average-from', '3'))  # never: sud2-kl+g is not drawn to it
-    assert names == [m for m in methods if not same_weights(
-        tmp_path, tmp_path, f'{m}-s0.pt', 'supervised-s0.pt')]
+    run = sud2.Setup(tiny(tmp_path, '--lam1', '0', '--lam2', '0', '--lam3', '0', weight, '0.5',
+                          '--points', '1', '--warmup', '1', '--updates', '3',
+                          '--average-from', '3'))   # never: sud2-kl+g is not drawn to it
+    split, ends = sud2.load_split(run.a, 0), {}
+    models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
+    for m in methods:
+        f, _, _ = sud2.train(run, m, 0, split, models, lambda f: {})
+        ends[m] = torch.cat([p.detach().flatten() for p in f.parameters()])
+    assert names == [m for m in methods if not torch.equal(ends[m], ends['supervised'])]
 
 
 def test_shift_moves_both_of_a_pair_alike(tmp_path, monkeypatch):
@@ -1456,10 +1461,9 @@ def test_a_flag_that_differs_is_named(finished):
         sud2.main(tiny(finished, '--lam1', '0.3'))
 
 
-def same_weights(a, b, name, other=None):
-    """Whether what two finished runs keep under a name, or two names, is equal bit for bit."""
-    files = a / name, b / (other or name)
-    ours, theirs = (torch.load(f, weights_only=True)['parts'] for f in files)
+def same_weights(a, b, name):
+    """Whether what two finished runs keep under a name is equal bit for bit."""
+    ours, theirs = (torch.load(f / name, weights_only=True)['parts'] for f in (a, b))
     part = next(k for k in ('f', 'gan', 'ema') if k in ours)
     return all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
 
@@ -2342,15 +2346,22 @@ def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
         assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
 
 
-def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
-    first = start(*TINY, '--out', tmp_path, '--prior-steps', '100000')
-    wait_for((tmp_path / 'config.json').exists)
-    with pytest.raises(ValueError, match='another process is at work there'):
-        sud2.main(tiny(tmp_path, '--prior-steps', '100000'))
+@job
+def two_processes_do_not_share_a_folder(folder):
+    flags = [*TINY, '--out', folder, '--prior-steps', '100000']
+    first = start(*flags)
+    wait_for((folder / 'config.json').exists)
+    second = command(*flags)
     first.kill()
     first.communicate()
-    (tmp_path / 'config.json').unlink()
-    sud2.main(tiny(tmp_path, '--method', 'supervised'))
+    return second, folder
+
+
+def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(meanwhile):
+    second, folder = meanwhile(two_processes_do_not_share_a_folder)
+    assert second.returncode == 2 and 'another process is at work there' in second.stderr
+    (folder / 'config.json').unlink()
+    sud2.main(tiny(folder, '--method', 'supervised'))
 
 
 def test_windows_has_another_lock_and_tells_no_peak(tmp_path, monkeypatch):
@@ -2415,7 +2426,7 @@ def test_a_torn_log_line_is_left_behind(tmp_path):
 def test_changed_data_is_noticed(folders, tmp_path, monkeypatch):
     """Also behind a link; not what is no picture. What comes while a run has its data in memory
     does not stop it."""
-    flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders))
+    flags = tiny(tmp_path / 'run', '--task', 'custom', '--data', str(folders), '--method', 'sud2')
     (folders / 'images').rename(tmp_path / 'elsewhere')
     (folders / 'images').symlink_to(tmp_path / 'elsewhere')
     train = sud2.train
