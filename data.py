@@ -684,14 +684,28 @@ def read_square(path, size, mode='RGB'):
     return np.array(image.resize((size, size), how, box=(left, top, left + side, top + side)))
 
 
+def decode(out, ends, read):
+    """Fills out (N, ...) by several threads: read(i) are the arrays up to ends[i]. Tells how far it
+    is."""
+    def fill(i):
+        out[ends[i - 1] if i else 0:ends[i]] = read(i)
+    began = last = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for n, _ in enumerate(pool.map(fill, range(len(ends))), 1):
+            if time.monotonic() - last > 5 and n < len(ends):
+                last = time.monotonic()
+                print(f'{n} of {len(ends)} images decoded, '
+                      f'{(last - began) / n * (len(ends) - n):.0f} s left', flush=True)
+
+
 def cached(cache, files, shape, read, rows=None, key=()):
     """The arrays read(i), uint8 of a shape, for all i below len(files) -> tensor (N, *shape); with
     rows, a function that gives the number of arrays in each file, read(i) is so many.
 
-    With `cache`, a folder, they are decoded once, by several threads, into a file that is mapped
-    into memory: later starts read nothing, and no run needs its size in memory. Its name is a hash
-    of key and of the files' paths, sizes and times, so that what has changed is decoded again.
-    Errors: no room for it on the disk.
+    With `cache`, a folder, they are decoded once, into a file that is mapped into memory: later
+    starts read nothing, and no run needs its size in memory. Its name is a hash of key and of the
+    files' paths, sizes and times, so that what has changed is decoded again. Errors: no room for it
+    on the disk.
     """
     if not files:
         return torch.empty(0, *shape, dtype=torch.uint8)
@@ -700,31 +714,26 @@ def cached(cache, files, shape, read, rows=None, key=()):
     path = Path(cache) / f'{name[:32]}.npy' if cache else None
     if not cache or not path.exists():
         ends = np.cumsum(rows() if rows else [1] * len(files)).tolist()
-        if cache:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            need = ends[-1] * math.prod(shape)
-            if shutil.disk_usage(path.parent).free < need:  # a full disk would kill the process
-                raise ValueError(f'{path.parent}: no room for {need / 2 ** 20:.0f} MiB of decoded '
-                                 'images; use a smaller --size or --clean, or another --out')
-            part = path.with_suffix(f'.{os.getpid()}.tmp')
+    if not cache:
+        out = np.empty((ends[-1], *shape), np.uint8)
+        decode(out, ends, read)
+        return torch.from_numpy(out)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        need = ends[-1] * math.prod(shape)
+        if shutil.disk_usage(path.parent).free < need:      # a full disk would kill the process
+            raise ValueError(f'{path.parent}: no room for {need / 2 ** 20:.0f} MiB of decoded '
+                             'images; use a smaller --size or --clean, or another --out')
+        part = path.with_suffix(f'.{os.getpid()}.tmp')
+        try:
             out = np.lib.format.open_memmap(part, 'w+', np.uint8, (ends[-1], *shape))
-        else:
-            out = np.empty((ends[-1], *shape), np.uint8)
-        began = last = time.monotonic()
-
-        def fill(i):
-            out[ends[i - 1] if i else 0:ends[i]] = read(i)
-        with ThreadPoolExecutor() as pool:
-            for n, _ in enumerate(pool.map(fill, range(len(files))), 1):
-                if time.monotonic() - last > 5 and n < len(files):
-                    last = time.monotonic()
-                    print(f'{n} of {len(files)} images decoded, '
-                          f'{(last - began) / n * (len(files) - n):.0f} s left', flush=True)
-        if not cache:
-            return torch.from_numpy(out)
-        out.flush()
-        del out                                         # Windows renames no open file
-        os.replace(part, path)
+            decode(out, ends, read)
+            out.flush()
+            del out                                         # Windows renames no open file
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):              # done, or still open on Windows
+                part.unlink()
     return torch.from_numpy(np.load(path, mmap_mode='c'))
 
 
@@ -835,7 +844,7 @@ def crops(pictures, size, rng, most=MOST_CROPS[0]):
         H, W = group[0].shape[1:]
         for _ in range(number_of_crops(W, H, size, most)):
             i, j = rng.integers(H - size + 1), rng.integers(W - size + 1)
-            cut.append([u[:, i:i + size, j:j + size] for u in group])
+            cut.append([u[:, i:i + size, j:j + size].clone() for u in group])   # no view of all
     return [torch.stack(part) for part in zip(*cut)]
 
 
@@ -951,7 +960,7 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
             for name in sorted(one.keys() - other.keys()):
                 raise ValueError(f'{one[name]}: has no partner in {root / folder / side}')
         names = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
-        return [read_pair(xs[n], ys[n], size, short_side, grey) for n in names[:most]]
+        return (read_pair(xs[n], ys[n], size, short_side, grey) for n in names[:most])
 
     def single(files, most):
         return crops_of_files(rng.permutation(files)[:most].tolist(), size, seed, short_side, cache,

@@ -598,12 +598,12 @@ def scorer(run, split, prior, lpips=None, inception=None):
         small_x = same_size(x, size)
         features = prior_features(run, prior, data.to_float(small_x))
         real = inception(colour(small_x)) if inception else None
-        x = [data.to_float(u) for u in x] if several else data.to_float(x)
+        x = x if several else data.to_float(x)
 
     def mean(metric, x_hat, **more):
         """Mean over the test images, at once where they are of one size."""
         if several:
-            return statistics.mean(metric(u[None], v[None], **more).item()
+            return statistics.mean(metric(u[None], data.to_float(v[None]), **more).item()
                                    for u, v in zip(x_hat, x))
         return metric(x_hat, x, **more).nanmean().item()
 
@@ -767,7 +767,8 @@ def curves(methods, path, truth):
     """PSNR and the correlation of reconstructions against updates, each method; not CycleGAN,
     whose are others."""
     def series(key):
-        return {m: [[(c['update'], c[key]) for c in s['curve']] for s in seeds.values()]
+        return {m: [[(c['update'], min(c[key], 100)) for c in s['curve']]   # of equal images: inf
+                    for s in seeds.values()]
                 for m, seeds in methods.items() if seeds and m != 'cyclegan'}
     corr = series('corr_output')
     panels = [('Correlation of the reconstructions', 'updates of f', '', corr)]
@@ -1531,7 +1532,7 @@ def report(run, methods, prior_scores, began, truth_corr):
     """Writes metrics.json and table.md; prints the table and where the pictures are."""
     gap_closed(methods)
     write_json(run.out / 'metrics.json', {
-        'command': 'python sud2.py ' + ' '.join(sys.argv[1:]),
+        'command': 'python sud2.py ' + shlex.join(sys.argv[1:]),
         'config': json.loads((run.out / 'config.json').read_bytes()),
         'environment': {'torch': torch.__version__, 'processor': processor() if
                         run.device.type != 'cuda' else torch.cuda.get_device_name(run.device),

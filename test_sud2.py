@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -939,6 +940,18 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
     assert [v.shape for v in data.scored([*small, (u, v)], 16)[0]] == [(3, 16, 16)] * 3 + [u.shape]
 
 
+def test_crops_let_go_of_the_whole_pictures():
+    held = []
+
+    def pictures():
+        for _ in range(4):
+            assert not any(ref() is not None for ref in held[:-1])
+            whole = np.zeros((3, 40, 50), np.uint8)
+            held.append(weakref.ref(whole))
+            yield (torch.from_numpy(whole),)
+    assert len(data.crops(pictures(), 16, np.random.default_rng(0))[0]) == 4 * 6
+
+
 def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
     """Four crops of each, in the files' order; fewer of many; a later start decodes nothing."""
     files = [picture(tmp_path / f'{k}.png', (40 + k, 33), seed=k) for k in range(2)]
@@ -1447,6 +1460,13 @@ def test_a_plot_spans_its_frame_and_bands_span_the_seeds(tmp_path):
     peak, low, high = (blue[k, 1] for k in (blue[:, 0].argmin(), blue[:, 1].argmin(),
                                             blue[:, 1].argmax()))
     assert abs(peak - 307) < 5 and low < 73 and high > 540, 'the middle of 1 and 100 is 10'
+
+
+def test_equal_images_are_plotted_at_100_db(monkeypatch):
+    shown, score = [], {'update': 1, 'psnr': math.inf, 'corr_output': .1}
+    monkeypatch.setattr(sud2, 'plot', lambda panels, path: shown.append(panels[0][3]))
+    sud2.curves({'sud2': {'0': {'curve': [score]}}}, None, .2)
+    assert shown == [{'sud2': [[(1, 100)]]}]
 
 
 def test_repeating_a_command_does_nothing_again(finished, capsys):
@@ -2127,7 +2147,7 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
     files[1].write_bytes(b'broken')
     with pytest.raises(ValueError, match='1.png: not a readable image'):
         data.read_squares(files, 16, cache)
-    assert len(list(cache.glob('*.npy'))) == 2, 'half a file does not count'
+    assert [len(list(cache.glob(end))) for end in ('*.npy', '*.tmp')] == [2, 0], 'no half stays'
 
 
 def test_each_task_reads_its_own_layout(tmp_path):

@@ -115,7 +115,7 @@ MUTATIONS = [
     ('data.py', 'degraded(validation or test, 2 if validation', 'degraded(validation or test, 0 if validation'),
     ('data.py', 'y[:pairs], y[pairs:], x[pairs:], images', 'y[:pairs], y, x, images'),
     ('data.py', "h.stem.split('_')[0] == name", "h.stem.split('_')[0] != name"),
-    ('data.py', '[u[:, i:i + size, j:j + size] for u in group]', '[u[:, i:i + size, i:i + size] for u in group]'),
+    ('data.py', '[u[:, i:i + size, j:j + size]', '[u[:, i:i + size, i:i + size]'),
     ('data.py', '*crops(load(many), size, rng)[::-1]', '*crops(load(many), size, rng)'),
     ('data.py', 'else (x, other, None)', 'else (other, x, None)'),
     ('data.py', '.299 * r + .587 * g', '.587 * r + .299 * g'),
