@@ -1071,26 +1071,27 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     assert '4 clean, 4 unscored images\n' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('method, passes', [
-    ('supervised', 3 * 12 + 3 * 2 * 6), ('sud', 3 * 24 + 3 * 2 * 6 + 4 * 4 * (3 + 1)),
-    ('sud2', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 5)), ('oracle', 3 * 12 + 3 * 2 * 6 + 4 * 4 * 3),
-    ('sud2-kl', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 1)),
-    ('sud2-kl+g', 3 * 12 + 3 * 2 * 6 + 4 * 4 * (3 + 4 + 6)),
-    ('cyclegan', 3 * 12 + 3 * 2 * 6 + 24 * 6 * 2),
-    ('supervised oracle', 3 * 12 + 2 * 3 * 2 * 6 + 4 * 4 * 3)])
-def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, method, passes):
-    """With a minute for every forward pass of an image: 3 steps of 4 images for the prior, and for
-    D_σ, 6 updates of 2 pairs, 4 of them with 4 measurements, 2 scores on 12 images by f and the
-    prior; a training step is three passes."""
-    monkeypatch.setattr(sud2, 'forward_minutes', lambda *_: 1)
-    ask = tiny(tmp_path, '--method', *method.split(), '--r-steps', '5', '--dry-run')
-    whole = 72 if method == 'sud' else 36
+@pytest.mark.parametrize('method, of_f, of_prior, of_gan', [
+    ('supervised', 0, 0, 0), ('sud', 3 + 1, 0, 0), ('sud2', 3, 5, 0), ('oracle', 3, 0, 0),
+    ('sud2-kl', 3 + 1, 4, 0), ('sud2-kl+g', 3 + 6, 4, 0), ('cyclegan', 0, 0, 24 * 6 * 2),
+    ('supervised oracle', 3, 0, 0)])
+def test_the_planned_minutes_count_the_passes(tmp_path, capsys, monkeypatch, method, of_f, of_prior,
+                                              of_gan):
+    """With a minute for a forward pass of an image by f or D_σ, ten by the DDPM, a hundred by
+    CycleGAN: 3 steps of 4 images for each prior, 6 updates of 2 pairs, 4 of them with 4
+    measurements, 2 scores on 12 images by f and the DDPM; a training step is three passes."""
+    monkeypatch.setattr(sud2, 'forward_minutes', lambda run, net, *t: (
+        10 if t else 100 if isinstance(net, cyclegan.Generator) else 1))
+    methods = method.split()
+    ask = tiny(tmp_path, '--method', *methods, '--r-steps', '5', '--dry-run')
+    updates = len(methods) * 3 * 6 * 2 + 4 * 4 * (of_f + 10 * of_prior) + 100 * of_gan
     for ask.seed, ask.prior, ask.prior_batch in (
             ([0], None, 4), ([0, 1], None, 4), ([0], 'elsewhere', 4), ([0], None, 2000)):
         sud2.main(ask)                  # 16 images, 250 times each: 2 steps of 2,000
-        priors = whole * 4000 // 12 if ask.prior_batch == 2000 else whole
-        scores = 48. * len(ask.method) * len(ask.seed)
-        wanted = priors * (not ask.prior) + (passes - whole) * len(ask.seed) + scores + .1
+        seen = 2 * 2000 if ask.prior_batch == 2000 else 3 * 4
+        priors = 0 if ask.prior else 3 * seen * (10 + (method == 'sud'))
+        scores = 2. * 12 * (1 + 10) * len(methods) * len(ask.seed)
+        wanted = priors + updates * len(ask.seed) + scores + .1
         assert f'about {wanted} minutes, {scores} of them for' in capsys.readouterr().out
 
 
