@@ -92,9 +92,8 @@ class Mixture:
     """x ~ sum_k w_k N(m_k, s² I) in d dimensions, as vectors (B, d)."""
 
     def __init__(self, means, weights, s):
-        self.means, self.w, self.s = (
-            torch.tensor(v, dtype=torch.float64) for v in (means, weights, s)
-        )
+        self.means, self.w, self.s = (torch.tensor(v, dtype=torch.float64)
+                                      for v in (means, weights, s))
 
     def log_p(self, r, sigma):
         """ln p_{x+ν}(r), ν ~ N(0, sigma² I), up to a constant."""
@@ -141,10 +140,8 @@ def test_ddim_error_halves_with_the_steps():
     a = ACP.double()[t]
     x_t = torch.linspace(-2, 3, 50, dtype=torch.float64)[:, None]
     flow = prior.mu + prior.s * (x_t - a.sqrt() * prior.mu) / (a * prior.s**2 + 1 - a).sqrt()
-    errors = [
-        (ddpm.R(prior.eps, x_t, t, ACP.double(), steps=k, clip=False) - flow).abs().max().item()
-        for k in (75, 150, 301)
-    ]
+    errors = [(ddpm.R(prior.eps, x_t, t, ACP.double(), steps=k, clip=False) - flow).abs().max()
+              for k in (75, 150, 301)]
     assert 1.9 < errors[0] / errors[1] < 2.1 and 1.9 < errors[1] / errors[2] < 2.1
     assert errors[2] < 0.02
 
@@ -192,11 +189,9 @@ def test_strided_times():
         ddpm.strided_times(3, 5)
 
 
-@pytest.mark.parametrize(
-    'eta, expected',
-    [(1.0, [-8e-06, 0.166013, -0.088045, 0.132595, -0.011563]),
-     (0.5, [-1.0, 0.085793, -0.04566, 0.115796, 1.0])],
-)
+@pytest.mark.parametrize('eta, expected', [
+    (1.0, [-8e-06, 0.166013, -0.088045, 0.132595, -0.011563]),
+    (0.5, [-1.0, 0.085793, -0.04566, 0.115796, 1.0])])
 def test_r_agrees_with_the_standard_scheduler(monkeypatch, eta, expected):
     """diffusers 0.42's DDIMScheduler, 10 steps, 'trailing', clipped, the same network and noise."""
     draws = iter(torch.sin(torch.arange(5.0) * k)[:, None] for k in range(1, 11))
@@ -261,10 +256,8 @@ def test_denoiser_loss_of_the_wiener_filter():
     s, sigma, g = 0.5, 0.2, torch.Generator().manual_seed(0)
     x = s * torch.randn(1, 1, 1000, 1000, generator=g)
     best = s**2 / (s**2 + sigma**2)
-    loss = [
-        ddpm.denoiser_loss(lambda r, k=k: k * r, x, sigma, g).item()
-        for k in (best, best - 0.1, best + 0.1)
-    ]
+    loss = [ddpm.denoiser_loss(lambda r, k=k: k * r, x, sigma, g).item()
+            for k in (best, best - 0.1, best + 0.1)]
     assert_close(loss[0], best * sigma**2, rtol=0.01, atol=0)
     assert loss[0] < min(loss[1:])
 
@@ -280,15 +273,12 @@ def test_ema_update():
 # --------------------------------------------------------- the paper's statements
 def test_theorem_3_1_gradient_3_is_that_of_the_cross_entropy():
     """(3) = 2 σ² x (7), where (5) is taken by autograd from the mixture's exact density."""
-    mixture, sigma, n = (Mixture([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]], [0.2, 0.5, 0.3], 0.3), 0.4,
-                         64)
-    f = torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    f.requires_grad_()
-    loss = (
-        sud2.denoiser_loss(f, mixture.mmse(f, sigma)) * f[0].numel()
-    )  # a sum over elements, as (2)
+    mixture = Mixture([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]], [0.2, 0.5, 0.3], 0.3)
+    sigma, g = 0.4, torch.Generator().manual_seed(0)
+    f = torch.randn(64, 2, dtype=torch.float64, generator=g).requires_grad_()
+    loss = sud2.denoiser_loss(f, mixture.mmse(f, sigma)) * f[0].numel()     # a sum, as (2)
     (gradient_3,) = torch.autograd.grad(loss, f)
-    cross_entropy = -mixture.log_p(f, sigma).mean()  # (4)
+    cross_entropy = -mixture.log_p(f, sigma).mean()                         # (4)
     (gradient_5,) = torch.autograd.grad(cross_entropy, f)
     assert_close(gradient_3, 2 * sigma**2 * gradient_5)
 
@@ -1600,9 +1590,7 @@ def test_progress_lines_and_saves_go_by_the_clock(tmp_path, monkeypatch, capsys)
 def test_another_runs_prior_serves(finished, tmp_path):
     """--prior takes prior.pt and denoiser.pt of a run; the outcome is that run's, bit for bit."""
     sud2.main(tiny(tmp_path / 'a', '--method', 'sud', 'sud2', '--prior', str(finished)))
-    for m in ('sud', 'sud2'):
-        ours, theirs = weights(tmp_path / 'a' / f'{m}-s0.pt'), weights(finished / f'{m}-s0.pt')
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert all(same_weights(tmp_path / 'a', finished, f'{m}-s0.pt') for m in ('sud', 'sud2'))
     assert not (tmp_path / 'a' / 'prior.pt').exists()
     with pytest.raises(ValueError, match='prior.pt: not there'):
         sud2.main(tiny(tmp_path / 'b', '--prior', str(tmp_path)))
@@ -1784,10 +1772,8 @@ def test_ssim_by_brute_force():
     """One 13 x 13 image by loops over windows and pixels, in numpy's float64."""
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 13, 13))
-    k = [
-        [math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)]
-        for i in range(11)
-    ]
+    k = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)]
+         for i in range(11)]
     total, values = sum(map(sum, k)), []
     for top in range(3):
         for left in range(3):
@@ -1798,11 +1784,8 @@ def test_ssim_by_brute_force():
                     for key, v in zip(m, (p, q, p * p, q * q, p * q)):
                         m[key] += w * v
             vx, vy, cxy = m['xx'] - m['x'] ** 2, m['yy'] - m['y'] ** 2, m['xy'] - m['x'] * m['y']
-            values.append(
-                (2 * m['x'] * m['y'] + 0.01**2)
-                * (2 * cxy + 0.03**2)
-                / ((m['x'] ** 2 + m['y'] ** 2 + 0.01**2) * (vx + vy + 0.03**2))
-            )
+            values.append((2 * m['x'] * m['y'] + 0.01**2) * (2 * cxy + 0.03**2)
+                          / ((m['x'] ** 2 + m['y'] ** 2 + 0.01**2) * (vx + vy + 0.03**2)))
     ours = metrics.ssim(*(torch.tensor(i)[None, None] for i in (x, y)), data_range=1)
     assert_close(ours.item(), sum(values) / 9, atol=1e-5, rtol=0)
 
@@ -1846,9 +1829,7 @@ def test_correlation():
     v = torch.randn(7, 30, generator=g)
     r = np.corrcoef(v.numpy())
     assert metrics.correlation(v).item() == pytest.approx((r.sum() - 7) / 42, abs=1e-6)
-    assert (
-        metrics.correlation(torch.ones(4, 3)).item() == 0 and metrics.correlation(one).item() == 0
-    )
+    assert metrics.correlation(torch.ones(4, 3)) == metrics.correlation(one) == 0
 
 
 # --------------------------------------------------------- network
