@@ -198,6 +198,11 @@ MUTATIONS = [
     ('sud2.py', 'small.round().byte()', 'small.round()'),
     ('sud2.py', 'run.out.mkdir(parents=True', 'run.out.mkdir(parents=False'),
     ('cyclegan.py', '(verdict.float() - ', '(verdict - '),
+    ('data.py', 'j:j + size].clone()', 'j:j + size]'),
+    ('data.py', 'part.unlink()', 'pass'),
+    ('sud2.py', 'min(c[key], 100)', 'c[key]'),
+    ('sud2.py', 'sizes[2]) * t_prior', 'sizes[2]) * t_f'),
+    ('sud2.py', 'data.to_float(v[None]), **more)', 'v[None].float(), **more)'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
