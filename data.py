@@ -844,7 +844,7 @@ def crops(pictures, size, rng, most=MOST_CROPS[0]):
         H, W = group[0].shape[1:]
         for _ in range(number_of_crops(W, H, size, most)):
             i, j = rng.integers(H - size + 1), rng.integers(W - size + 1)
-            cut.append([u[:, i:i + size, j:j + size].clone() for u in group])   # no view of all
+            cut.append([u[:, i:i + size, j:j + size].clone() for u in group])   # views would hold u
     return [torch.stack(part) for part in zip(*cut)]
 
 

@@ -598,7 +598,8 @@ def scorer(run, split, prior, lpips=None, inception=None):
         small_x = same_size(x, size)
         features = prior_features(run, prior, data.to_float(small_x))
         real = inception(colour(small_x)) if inception else None
-        x = x if several else data.to_float(x)
+        if not several:
+            x = data.to_float(x)
 
     def mean(metric, x_hat, **more):
         """Mean over the test images, at once where they are of one size."""
