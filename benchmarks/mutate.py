@@ -214,7 +214,7 @@ OF_SEVERAL_PROCESSES = [
     ('sud2.py', 'Group.gather(mirrored(x_hat, flip))', 'mirrored(x_hat, flip)'),
     ('sud2.py', 'keep if start == steps else parts', 'keep'),
 ]
-SLOW = ('help or stopping or two_processes or full_disk or bad_data or damaged or readme or another_runs '
+SLOW = ('help or stopping or two_processes or full_disk or damaged or readme or another_runs '
         'or number_of_processes or tables_are or foreign or huge or leaves_work')
 
 
