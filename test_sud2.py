@@ -417,7 +417,7 @@ def test_scores_take_no_gradients(tmp_path):
     sud2.reconstruct(run, Network(), u)
     sud2.whole(run, Network(), data.to_float(u[:1]))
     sud2.prior_features(run, Network(), data.to_float(u))
-    sud2.forward_minutes(run, Network())
+    forward_minutes(run, Network())
 
 
 def test_sud2_kl_gradient_is_that_of_the_kl_divergence():
