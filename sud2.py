@@ -67,11 +67,14 @@ def total_loss(paired, denoiser, reg, lam1, lam2):
     return paired + lam1 * denoiser + lam2 * reg                    # Eq. (8)
 
 
-# What makes the pseudo-label, whose reconstruction of y_u it starts from, λ1 where it is not the
-# flag's, or how many times the flag's, whether L_reg is on, what stands for y in the pairs that f
-# learns from clean images.
-Method = namedtuple('Method', 'label source lam1 times reg clean',
-                    defaults=('f', None, 1, False, None))
+Method = namedtuple('Method', [
+    'label',        # what makes the pseudo-label; None: there is no L_denoiser
+    'source',       # whose reconstruction it starts from: that of f, an ensemble, a teacher
+    'lam1',         # λ1 where it is not the flag's
+    'times',        # or how many times the flag's
+    'reg',          # whether L_reg is on
+    'clean',        # what stands for y in the pairs that f learns from clean images
+], defaults=('f', None, 1, False, None))
 METHODS = {
     'supervised': Method(None),
     'cyclegan': Method(None),                                       # trained in a loop of its own
