@@ -203,6 +203,8 @@ MUTATIONS = [
     ('sud2.py', 'min(c[key], 100)', 'c[key]'),
     ('sud2.py', 'sizes[2]) * t_prior', 'sizes[2]) * t_f'),
     ('sud2.py', 'data.to_float(v[None]), **more)', 'v[None].float(), **more)'),
+    ('sud2.py', "self.ensemble = self.parts['ensemble'] = ", 'self.ensemble = '),
+    ('sud2.py', "{'fake': self.fake, 'fake_opt': self.fake_opt}", "{'fake': self.fake}"),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
