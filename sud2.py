@@ -167,12 +167,14 @@ def train(run, method, seed, split, models, score):
         falls = learning_rate(step, a.updates)
         endless = falls * min(1, 400 / a.updates)   # many pulls add up to no more than 400 do
         ramp = 1 if m.source == 'f' else ramp_up(step - a.warmup, .2 * a.updates)
-        return {'lr': a.lr * falls, 'decay': teacher_decay(step),
-                'keeps': mean_decay(step, a.average_from),
+        n = step + 2 - a.average_from                   # how many updates' weights are averaged
+        return {'lr': a.lr * falls, 'decay': teacher_decay(step), 'keeps': 1 - 1 / max(1, n),
                 'lam1': ramp * (endless if m.label in ENDLESS else 1) * most,   # Dev. 10
-                'with_unpaired': bool(m.label and any(weights) and step >= a.warmup)}
+                'with_unpaired': bool(m.label and any(weights) and step >= a.warmup),
+                # g holds f; else f wanders, for Muon's steps are always long
+                'averages': n > 0 and m.clean != 'g(x_u)'}                      # Dev. 11
 
-    def update(lr, decay, keeps, lam1, with_unpaired):
+    def update(lr, decay, keeps, lam1, with_unpaired, averages):
         x, y = pairs_batch(run, split, paired)
         with run.amp():
             x_hat = f(y)
@@ -183,9 +185,9 @@ def train(run, method, seed, split, models, score):
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
-        if m.clean != 'g(x_u)':     # g holds f; else f wanders, for Muon's steps are always long
+        if averages:
             ddpm.ema_update(mean, f, keeps)
-            ddpm.ema_update(f, mean, .97)                           # Dev. 11
+            ddpm.ema_update(f, mean, .97)
         if m.source == 'teacher':
             ddpm.ema_update(unpaired.teacher, f, decay)
         return {k: v.detach() for k, v in numbers.items()}
@@ -307,12 +309,6 @@ def ramp_up(step, length):
 def teacher_decay(step):
     """Decay of the mean teacher's weights (Tarvainen & Valpola 2017): their mean at first."""
     return min(1 - 1 / (step + 1), .999)
-
-
-def mean_decay(step, first):
-    """Decay that makes an average the mean of the weights that f had after the updates from `first`
-    on; before, it is f's own, so that to be drawn to it changes nothing."""
-    return 1 - 1 / max(1, step + 2 - first)
 
 
 def pairs_batch(run, split, g):

@@ -58,7 +58,7 @@ class Block(nn.Module):
         if emb is not None:
             scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
             r = torch.addcmul(shift.to(r.dtype), r, 1 + scale.to(r.dtype))
-        return h + self.conv2(F.silu(r))
+        return self.conv2(F.silu(r)).add_(h)        # in place: one map less to fill
 
 
 class Attention(nn.Module):
@@ -81,7 +81,7 @@ class Attention(nn.Module):
             a = (q @ k.transpose(2, 3) * (C // self.heads) ** -.5).softmax(3) @ v
         else:                               # makes no (HW)² matrix: large pictures fit
             a = F.scaled_dot_product_attention(q, k, v)             # (B, heads, HW, C / heads)
-        return h + self.out(a.transpose(2, 3).reshape(B, C, H, W))
+        return self.out(a.transpose(2, 3).reshape(B, C, H, W)).add_(h)
 
 
 class UNet(nn.Module):
@@ -100,7 +100,7 @@ class UNet(nn.Module):
                  patch=1, time=False, residual=False):
         super().__init__()
         widths = [channels * m for m in mults]
-        self.residual, self.patch, self.factor = residual, patch, patch * 2 ** (len(mults) - 1)
+        self.residual, self.factor = residual, patch * 2 ** (len(mults) - 1)
         dim = 2 * widths[-1] if time else 0
         self.embed = nn.Sequential(nn.Linear(dim // 4, dim), nn.SiLU(), nn.Linear(dim, dim),
                                    nn.SiLU()) if time else None
@@ -114,6 +114,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(Block(w, dim) for w in widths)
         self.norm = group_norm(widths[0])
         self.widen = nn.Conv2d(widths[0], 16 * patch ** 2, 3, padding=1)    # 16 at full resolution
+        self.shuffle = nn.PixelShuffle(patch) if patch > 1 else nn.Identity()
         self.head = nn.Conv2d(16 + in_channels, out_channels + residual, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -147,9 +148,9 @@ class UNet(nn.Module):
         h = z
         for i in reversed(range(len(self.decoder))):
             if i < len(self.up):
-                h = self.up[i](h) + skips[i]
+                h = self.up[i](h).add_(skips[i])
             h = self.decoder[i](h, emb)
-        h = F.silu(F.pixel_shuffle(self.widen(F.silu(self.norm(h))), self.patch))
+        h = F.silu(self.shuffle(self.widen(F.silu(self.norm(h)))))
         out = self.head(torch.cat([h, x.to(h.dtype)], 1)).to(x.dtype)
         if self.residual:
             change, share = out.split([out.shape[1] - 1, 1], 1)
@@ -184,7 +185,7 @@ class Muon(torch.optim.AdamW):
         rate = hidden[0].new_ones(()) * (3 * self.param_groups[1]['lr'])    # lr may be a tensor
         for shape in dict.fromkeys(p.shape for p in hidden):
             same = [k for k, p in enumerate(hidden) if p.shape == shape]    # one batch of matrices
-            us = orthogonalised(torch.stack([averaged[k].flatten(1) for k in same]))
+            us = orthogonalised(torch.stack([averaged[k] for k in same]).flatten(2))
             for k, u in zip(same, us):
                 hidden[k].addcmul_(u.reshape(shape), rate, value=-1)
         for p in hidden:

@@ -98,7 +98,7 @@ MUTATIONS = [
     ('sud2.py', 'a.shift, g).chunk(2, 1)', 'a.shift, g).chunk(2, 1)[::-1]'),
     ('unet.py', 'beta=-4.7750, alpha=2.0315', 'beta=4.7750, alpha=2.0315'),
     ('unet.py', 'a = q @ a @ q', 'a = q @ a'),
-    ('unet.py', 'averaged[k].flatten(1)', 'averaged[k].transpose(0, 1).flatten(1)'),
+    ('unet.py', 'averaged[k] for k in', 'averaged[k].transpose(0, 1).reshape(shape) for k in'),
     ('unet.py', "(3 * self.param_groups[1]['lr'])", "(-3 * self.param_groups[1]['lr'])"),
     ('unet.py', "n.startswith(('stem', 'head'))", "n.startswith('stem')"),
     ('unet.py', 'p.grad = None   ', 'p.grad = p.grad'),
@@ -205,6 +205,8 @@ MUTATIONS = [
     ('sud2.py', 'data.to_float(v[None]), **more)', 'v[None].float(), **more)'),
     ('sud2.py', "self.ensemble = self.parts['ensemble'] = ", 'self.ensemble = '),
     ('sud2.py', "{'fake': self.fake, 'fake_opt': self.fake_opt}", "{'fake': self.fake}"),
+    ('sud2.py', 'n > 0 and', 'n > 1 and'),
+    ('unet.py', '.add_(skips[i])', ''),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
