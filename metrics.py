@@ -51,30 +51,41 @@ def gaussian_band(n, device, sigma=1.5, taps=11):
     return band
 
 
+TILE = 256      # a larger image's SSIM is taken in tiles of this size
+
+
+def similarity(a, b, band, data_range):
+    """SSIM at each place of the valid region, images (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    rows, cols = (band[:n - 10, :n] for n in a.shape[2:])
+    m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
+    a, b = a - m_a, b - m_b                         # variances of centred images lose no digits
+    mu_a, mu_b, squares, product = (
+        rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols.T).unbind(0)
+    cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
+    mu_a, mu_b = mu_a + m_a, mu_b + m_b
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+            / ((mu_a * mu_a + mu_b * mu_b + c1) * (var + c2)))
+
+
 def ssim(x_hat, x, *, data_range):
     """Structural similarity, (B,), 1 for equal images. Wang et al. 2004, (13).
 
-    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, in
-    chunks of 2^15 pixels that stay in the cache.
+    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, of
+    so many images at a time, or of such tiles of a large one, as stay in the cache.
     """
     check_shapes(x_hat, x)
     H, W = x.shape[-2:]
     if min(H, W) < 11:
         raise ValueError(f'SSIM needs images of at least 11 x 11, got {H} x {W}')
-    rows, cols = gaussian_band(H, x.device), gaussian_band(W, x.device).T
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    values, chunk = [], max(1, 2 ** 15 // (H * W))
-    for a, b in zip(x_hat.float().split(chunk), x.float().split(chunk)):
-        m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
-        a, b = a - m_a, b - m_b                     # variances of centred images lose no digits
-        mu_a, mu_b, squares, product = (
-            rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols).unbind(0)
-        cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
-        mu_a, mu_b = mu_a + m_a, mu_b + m_b
-        s = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
-             / ((mu_a * mu_a + mu_b * mu_b + c1) * (var + c2)))
-        values.append(s.flatten(1).mean(1))
-    return torch.cat(values)
+    band, chunk = gaussian_band(min(max(H, W), TILE), x.device), max(1, 2 ** 15 // (H * W))
+    places = [(..., slice(i, i + TILE), slice(j, j + TILE))
+              for i in range(0, H - 10, TILE - 10) for j in range(0, W - 10, TILE - 10)]
+    values = []
+    for a, b in zip(x_hat.split(chunk), x.split(chunk)):
+        parts = (similarity(a[k].float(), b[k].float(), band, data_range) for k in places)
+        values.append(sum(s.flatten(1).sum(1) for s in parts))
+    return torch.cat(values) / (x.shape[1] * (H - 10) * (W - 10))
 
 
 def frechet_distance(features_a, features_b):

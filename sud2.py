@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import signal
-import statistics
 import sys
 import time
 from collections import namedtuple
@@ -495,10 +494,11 @@ def same_size(images, size):
 
 def reconstruct(run, f, y, batch=64):
     """f on uint8 measurements -> x_hat like y but float in [-1, 1], latents z (N, C, h, w), on the
-    CPU. y is a tensor (N, C, H, W) or a list of (C, H, W) of varying sizes, then taken whole."""
+    CPU. y is a tensor (N, C, H, W) or a list of (C, H, W) of varying sizes, which are taken whole
+    and one at a time, when asked for: many large ones would fill the memory."""
     if isinstance(y, list):
         z = reconstruct(run, f, same_size(y, run.a.size))[1]
-        return [whole(run, f, data.to_float(u[None]))[0] for u in y], z
+        return (whole(run, f, data.to_float(u[None]))[0] for u in y), z
     n, out = len(y), []
     y = Group.own(torch.cat([y, y[:-n % Group.world]]))             # equal parts
     for chunk in y.split(batch):
@@ -525,7 +525,7 @@ def whole(run, f, y, tile=512, overlap=64):
             fade = (rows[:, None] * cols).float()
             total[:, :, i:i + tile, j:j + tile] += fade * x_hat
             weight[:, :, i:i + tile, j:j + tile] += fade
-    return (total / weight).clamp(-1, 1)
+    return total.div_(weight).clamp_(-1, 1)
 
 
 def prior_features(run, prior, x, t=50, batch=64):
@@ -591,25 +591,29 @@ def scorer(run, split, prior, lpips=None, inception=None):
 
     fd_prior is the Fréchet distance of the DDPM's features, not the Inception network's.
     """
-    size, hole, several = run.a.size, split.test_hole, isinstance(split.test_y, list)
-    x = split.test_x
+    size, x, several = run.a.size, split.test_x, isinstance(split.test_y, list)
     if x is not None:
         small_x = same_size(x, size)
         features = prior_features(run, prior, data.to_float(small_x))
         real = inception(colour(small_x)) if inception else None
-        if not several:
-            x = data.to_float(x)
 
-    def mean(metric, x_hat, **more):
-        """Mean over the test images, at once where they are of one size."""
-        if several:
-            return statistics.mean(metric(u[None], data.to_float(v[None]), **more).item()
-                                   for u, v in zip(x_hat, x))
-        return metric(x_hat, x, **more).nanmean().item()
+    def compare(x_hat, x, hole):
+        """What compares two images, for each of (B, C, H, W)."""
+        s = {'psnr': metrics.psnr(x_hat, x, data_range=2),
+             'ssim': metrics.ssim(x_hat, x, data_range=2)}
+        for k, m in {} if hole is None else {'hole': hole, 'visible': ~hole}.items():
+            s[f'psnr_{k}'] = metrics.psnr(x_hat, x, data_range=2, mask=m)
+        return s | {'lpips': lpips(x_hat, x)} if lpips else s
 
     def score(f):
         x_hat, z = reconstruct(run, f, split.test_y)
-        small = same_size(x_hat, size)
+        small, compared = [], []
+        for k, u in enumerate((v[None] for v in x_hat) if several else [x_hat]):
+            small.append(same_size(list(u), size) if several else u)
+            if x is not None:
+                truth = data.to_float(x[k][None] if several else x)
+                compared.append(compare(u, truth, split.test_hole))
+        small = torch.cat(small)
         if not small.isfinite().all():
             raise ValueError('the reconstructions are not finite; try a lower learning rate')
         s = dict.fromkeys(('psnr', 'psnr_hole', 'psnr_visible', 'ssim', 'lpips', 'fd_prior', 'fid'))
@@ -617,15 +621,10 @@ def scorer(run, split, prior, lpips=None, inception=None):
               'corr_output': metrics.correlation(small).item()}
         if x is None:
             return s
-        s |= {'psnr': mean(metrics.psnr, x_hat, data_range=2),
-              'ssim': mean(metrics.ssim, x_hat, data_range=2)}
+        for k in compared[0]:
+            s[k] = torch.cat([each[k] for each in compared]).nanmean().item()
         if len(x) > 1:                                              # one image has no distribution
             s['fd_prior'] = metrics.frechet_distance(prior_features(run, prior, small), features)
-        if hole is not None:
-            s |= {f'psnr_{k}': mean(metrics.psnr, x_hat, data_range=2, mask=m)
-                  for k, m in (('hole', hole), ('visible', ~hole))}
-        if lpips:
-            s['lpips'] = mean(lpips, x_hat)
         if inception and len(x) > 1:
             fid = metrics.frechet_distance(inception(colour(data.to_bytes(small))), real)
             s |= {'fid': fid, 'fid_features': real.shape[1]}
@@ -679,6 +678,13 @@ def table(methods):
                          + (f' ± {v.std():{form}}' if len(v) > 1 else ''))
         rows.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(rows)
+
+
+def shown(u, most=256):
+    """A uint8 image (C, H, W) as `grid` needs it: of a larger one the centre square, reduced."""
+    side = min(u.shape[1:])
+    i, j = ((n - side) // 2 for n in u.shape[1:])
+    return same_size([u[:, i:i + side, j:j + side]], most)[0] if side > most else u
 
 
 def grid(rows, path, columns=10):
@@ -1561,8 +1567,9 @@ def work(run, began):
     if tests is not None:
         prior_scores['eps_loss'] = held_out_loss(run, prior, tests)
         truth_corr = metrics.correlation(data.to_float(tests)).item()
-    methods, rows = {m: {} for m in a.method}, {'measurement': split.test_y}
-    truth = {} if tests is None else {'truth': split.test_x}
+    methods = {m: {} for m in a.method}
+    rows = {'measurement': [shown(u) for u in split.test_y[:10]]}
+    truth = {} if tests is None else {'truth': [shown(u) for u in split.test_x[:10]]}
     for seed in a.seed:
         if seed != a.seed[0]:
             check_config(run)                                       # the data is read again
@@ -1581,7 +1588,8 @@ def work(run, began):
             methods[m][str(seed)] = {**last, 'best_psnr': best, 'updates': curve[-1]['update'],
                                      'seconds': seconds, 'curve': curve}
             if seed == a.seed[0]:
-                rows[m] = [data.to_bytes(u) for u in reconstruct(run, f, split.test_y[:10])[0]]
+                x_hat, _ = reconstruct(run, f, split.test_y[:10])
+                rows[m] = [shown(data.to_bytes(u)) for u in x_hat]
             if not Group.rank:
                 grid(rows | truth, run.out / 'grid.png')
                 curves(methods, run.out / 'curves.png', truth_corr)

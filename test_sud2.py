@@ -1370,6 +1370,19 @@ def test_tables_are_those_of_the_results():
     assert importlib.import_module('pull').table_of(rows) in ablated
 
 
+def test_mutations_are_those_of_the_code():
+    """Each line of results/mutations.txt is a change of today's code that a test of today finds."""
+    sys.path.insert(0, str(HERE / 'benchmarks'))
+    mutate = importlib.import_module('mutate')
+    *lines, end = text_of('results/mutations.txt').splitlines()
+    every = mutate.MUTATIONS + mutate.OF_SEVERAL_PROCESSES
+    assert end == f'{len(every)} of {len(lines)} killed'
+    for k, (line, (name, old, new)) in enumerate(zip(lines, every)):
+        assert old in text_of(name), f'{old!r} is not in {name}'
+        change, test = line.rsplit(': ', 1)
+        assert change == f'{k:2d} {name}: {old!r} -> {new!r}' and test.split('[')[0] in globals()
+
+
 def test_plots_are_those_of_the_results(tmp_path):
     """Those in assets/, pixel by pixel, but for what another pillow may draw otherwise: some
     edges, and letters."""
@@ -1423,6 +1436,13 @@ def test_the_grid_shows_each_image_in_its_row_and_column(tmp_path, size, side):
     for r in range(2):                                  # a label at half of its row's height
         ink = np.argwhere(seen[4 + r * (side + 4):][:side, :left] < 128)
         assert abs((ink[:, 0].min() + ink[:, 0].max()) / 2 - side / 2) < 4
+
+
+def test_the_grid_gets_the_middle_of_a_large_image():
+    u = torch.zeros(3, 300, 900).byte()
+    u[:, :, 300:600] = torch.arange(300) % 250
+    assert sud2.shown(u).shape == (3, 256, 256) and sud2.shown(u)[0, 0, :3].tolist() == [0, 2, 2]
+    assert sud2.shown(u[:, :256]).shape == (3, 256, 900)
 
 
 def test_ticks_are_round_and_span_the_values():
@@ -1778,8 +1798,10 @@ def test_ssim_of_constants_and_scale():
         metrics.ssim(x[..., :10], y[..., :10], data_range=1)
 
 
-def test_ssim_by_brute_force():
-    """One 13 x 13 image by loops over windows and pixels, in numpy's float64."""
+@pytest.mark.parametrize('tile', [256, 12, 11])
+def test_ssim_by_brute_force(monkeypatch, tile):
+    """One 13 x 13 image, whole and in tiles, by loops over windows and pixels, in float64."""
+    monkeypatch.setattr(metrics, 'TILE', tile)
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 13, 13))
     k = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)]
@@ -2306,22 +2328,31 @@ def wait_for(condition, seconds=60):
 
 @job
 def stopping(folder):
+    """-> how each run ended that was stopped, and one that wanted its folder before."""
     flags = [*TINY, '--prior-steps', '100000', '--save-every', '0', '--out']
     ended = []
     for number in signal.SIGINT, signal.SIGTERM:
         checkpoint = folder / str(number) / 'prior.pt'
         p = start(*flags, checkpoint.parent)
         wait_for(checkpoint.exists)
+        if number == signal.SIGINT:
+            second = command(*flags, checkpoint.parent)
         p.send_signal(number)
         ended.append((p.communicate(timeout=30)[1], p.returncode, checkpoint))
-    return ended
+    return ended, second
 
 
 def test_stopping_saves_and_says_how_to_go_on(meanwhile):
-    for err, code, checkpoint in meanwhile(stopping):
+    for err, code, checkpoint in meanwhile(stopping)[0]:
         assert code == 1 and err.strip().startswith('stopped; this goes on: python')
         saved = torch.load(checkpoint, weights_only=True)
         assert saved['step'] > 0 and 'opt' in saved['parts']
+
+
+def test_before_its_stopping_a_run_has_its_folder_alone(meanwhile):
+    second = meanwhile(stopping)[1]
+    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+    assert 'another process is at work there' in second.stderr
 
 
 def test_a_stop_waits_for_the_end_of_an_update_but_not_twice():
@@ -2346,25 +2377,6 @@ def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
                             lambda flags, own, theirs=theirs: flags.__setitem__(
                                 slice(None), [own, theirs]))
         assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
-
-
-@job
-def two_processes_do_not_share_a_folder(folder):
-    flags = [*TINY, '--out', folder, '--prior-steps', '100000']
-    first = start(*flags)
-    wait_for((folder / 'config.json').exists)
-    second = command(*flags)
-    first.kill()
-    first.communicate()
-    return second, folder
-
-
-def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(meanwhile):
-    second, folder = meanwhile(two_processes_do_not_share_a_folder)
-    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
-    assert 'another process is at work there' in second.stderr
-    (folder / 'config.json').unlink()
-    sud2.main(tiny(folder, '--method', 'supervised'))
 
 
 def test_windows_has_another_lock_and_tells_no_peak(tmp_path, monkeypatch):

@@ -121,8 +121,8 @@ MUTATIONS = [
     ('data.py', '.299 * r + .587 * g', '.587 * r + .299 * g'),
     ('data.py', '(image.width - side) // 2', '(image.width - side)'),
     ('data.py', 'str(index // 2000)', 'str(index // 3000)'),
-    ('sud2.py', 'x_hat, data_range=2, mask=m)', 'x_hat, data_range=1, mask=m)'),
-    ('sud2.py', "(('hole', hole), ('visible', ~hole))", "(('hole', ~hole), ('visible', hole))"),
+    ('sud2.py', 'data_range=2, mask=m)', 'data_range=1, mask=m)'),
+    ('sud2.py', "{'hole': hole, 'visible': ~hole}", "{'hole': ~hole, 'visible': hole}"),
     ('sud2.py', 'prior, x, t=50, batch', 'prior, x, t=60, batch'),
     ('unet.py', 'x + torch.sigmoid(4 * share) * change', 'torch.sigmoid(4 * share) * change'),
     ('unet.py', 'torch.sigmoid(4 * share) * change', '(4 * share) * change'),
@@ -156,11 +156,11 @@ MUTATIONS = [
     ('sud2.py', 'if len(x) > 1:   ', 'if len(x) > 2:   '),
     ('data.py', 'names.setdefault(name, f) != f', 'names.setdefault(name, f) is None'),
     ('sud2.py', 'math.ceil(96 / size)', '96 // size'),
-    ('sud2.py', 'max(1, step + 2 - first)', 'max(1, step + 1 - first)'),
+    ('sud2.py', 'step + 2 - a.average_from', 'step + 1 - a.average_from'),
     ('sud2.py', 'ema_update(mean, f, keeps)', 'ema_update(mean, f, decay)'),
     ('sud2.py', 'ema_update(f, mean, .97)', 'ema_update(f, mean, .03)'),
     ('sud2.py', 'ddpm.ema_update(f, mean, .97)', 'pass'),
-    ('sud2.py', "if m.clean != 'g(x_u)'", "if m.clean == 'g(x_u)'"),
+    ('sud2.py', "n > 0 and m.clean != 'g(x_u)'", "n > 0 and m.clean == 'g(x_u)'"),
     ('sud2.py', "{'f': f, 'mean': mean, 'opt'", "{'f': f, 'opt'"),
     ('sud2.py', '100 * len(images)', '200 * len(images)'),
     ('sud2.py', '100 * len(images)', '80 * len(images)'),
@@ -172,7 +172,7 @@ MUTATIONS = [
     ('sud2.py', 'x_u = Group.own(clean_batch(run, images, self.draws, run.a.batch))',
      'x_u = Group.own(batch_of(images, *draw_batch(self.draws, len(images), run.a.batch)))'),
     ('sud2.py', '2 ** 16 // run.a.size', '2 ** 18 // run.a.size'),
-    ('sud2.py', 'if several:', 'if not several:'),
+    ('sud2.py', 'if several else u)', 'if not several else u)'),
     ('sud2.py', 'asked, waiting = False, False', 'asked, waiting = False, True'),
     ('sud2.py', "map_location='cpu').eval()", "map_location='cpu')"),
     ('sud2.py', 'place = math.log if log', 'place = float if log'),
@@ -202,11 +202,15 @@ MUTATIONS = [
     ('data.py', 'part.unlink()', 'pass'),
     ('sud2.py', 'min(c[key], 100)', 'c[key]'),
     ('sud2.py', 'sizes[2]) * t_prior', 'sizes[2]) * t_f'),
-    ('sud2.py', 'data.to_float(v[None]), **more)', 'v[None].float(), **more)'),
+    ('sud2.py', 'data.to_float(x[k][None] if several else x)', '(x[k][None] if several else x).float()'),
     ('sud2.py', "self.ensemble = self.parts['ensemble'] = ", 'self.ensemble = '),
     ('sud2.py', "{'fake': self.fake, 'fake_opt': self.fake_opt}", "{'fake': self.fake}"),
     ('sud2.py', 'n > 0 and', 'n > 1 and'),
     ('unet.py', '.add_(skips[i])', ''),
+    ('metrics.py', 'range(0, H - 10, TILE - 10)', 'range(0, H - 10, TILE)'),
+    ('metrics.py', 'slice(j, j + TILE)', 'slice(j, j + TILE - 1)'),
+    ('metrics.py', 'x.shape[1] * (H - 10)', 'x.shape[1] * H'),
+    ('sud2.py', '(n - side) // 2 for n in u', '(n - side) // 3 for n in u'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
@@ -219,7 +223,8 @@ OF_SEVERAL_PROCESSES = [
     ('sud2.py', 'keep if start == steps else parts', 'keep'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or damaged or readme or another_runs '
-        'or number_of_processes or tables_are or foreign or huge or leaves_work')
+        'or number_of_processes or tables_are or foreign or huge or leaves_work '
+        'or mutations_are')
 
 
 def killer(name, old, new, tests):
