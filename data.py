@@ -712,6 +712,8 @@ def cached(cache, files, shape, read, rows=None, key=()):
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     name = hashlib.sha256(repr((shape, stats, *key)).encode(errors='surrogateescape')).hexdigest()
     path = Path(cache) / f'{name[:32]}.npy' if cache else None
+    while cache and int(os.environ.get('LOCAL_RANK', 0)) and not path.exists():
+        time.sleep(.05)             # of a machine's processes under torchrun the first decodes
     if not cache or not path.exists():
         ends = np.cumsum(rows() if rows else [1] * len(files)).tolist()
     if not cache:

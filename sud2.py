@@ -1091,6 +1091,8 @@ def locked(out):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise ValueError(f'--out {out}: another process is at work there') from e
+        for half in out.glob('cache/*.tmp') if Group.world == 1 else ():
+            half.unlink()                               # left by a run that was killed
         yield
 
 
@@ -1465,7 +1467,7 @@ def plan(run, split=None):
                   + bool(m.label) * (a.updates - a.warmup) * a.batch
                   * (3 * t_f + labels.get(m.label, t_f) + pairs[m.clean])
                   for m in map(METHODS.get, a.method))
-    scores = a.points * scored * (t_f + t_prior) * len(a.method)
+    scores = a.points * (scored * t_f + sizes[3] * t_prior) * len(a.method)
     if any('cyclegan' in m for m in a.method):
         gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size)).to(run.device)
         updates += 24 * a.gan_steps * a.gan_batch * forward_minutes(run, gan.to_x)

@@ -1053,8 +1053,9 @@ def test_own_pairs_go_by_the_seed_and_own_tests_do_not(folders):
     assert len(set(tests)) == 1 and len(set(pairs)) > 1
 
 
-def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
-    """By the flags before anything is read, then by what the folders hold."""
+def test_the_plan_tells_what_is_there(folders, tmp_path, capsys, monkeypatch):
+    """By the flags before anything is read, then by what the folders hold; of large test images f
+    sees all, the DDPM what is left after reducing."""
     flags = '--task', 'custom', '--data', str(folders), '--method', 'supervised'
     sud2.main(tiny(tmp_path / 'run', *flags, '--dry-run'))
     assert '2 pairs, 8 measurements, 16 clean, 12 test images\n' in capsys.readouterr().out
@@ -1063,6 +1064,11 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys):
     said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.002 megapixels together\n'
     out = capsys.readouterr().out
     assert said in out and '(--points); output in ' in out
+    monkeypatch.setattr(sud2, 'forward_minutes', lambda run, net, *t: 10 if t else 1)
+    split = sud2.load_split(tiny(tmp_path, *flags), 0)
+    sud2.plan(sud2.Setup(tiny(tmp_path, *flags)), split)
+    f_sees = sum(y.shape[1] * y.shape[2] for y in split.test_y) / 16 ** 2
+    assert f', {2 * (f_sees + 10 * 2):.1f} of them for scores' in capsys.readouterr().out
     shutil.rmtree(folders / 'test')
     sud2.plan(sud2.Setup(tiny(tmp_path, *flags)), sud2.load_split(tiny(tmp_path, *flags), 0))
     assert '4 clean, 4 unscored images\n' in capsys.readouterr().out
@@ -2146,6 +2152,12 @@ def test_images_are_decoded_once_into_a_file_and_changes_are_noticed(tmp_path, m
     written = kept.stat().st_mtime_ns
     assert torch.equal(data.read_squares(files, 16, cache), plain)
     assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [written]
+    with monkeypatch.context() as m:                    # the first process of a machine decodes
+        away = kept.rename(tmp_path / 'away')
+        m.setenv('LOCAL_RANK', '1')
+        m.setattr(data, 'decode', None)
+        m.setattr(time, 'sleep', lambda seconds: away.rename(kept))
+        assert torch.equal(data.read_squares(files, 16, cache), plain)
     picture(files[2], seed=9)
     again = data.read_squares(files, 16, cache)
     assert len(list(cache.iterdir())) == 2 and not torch.equal(again[2], plain[2])
@@ -2377,6 +2389,14 @@ def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
                             lambda flags, own, theirs=theirs: flags.__setitem__(
                                 slice(None), [own, theirs]))
         assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
+
+
+def test_half_of_a_cache_goes_with_the_next_run(tmp_path):
+    half = tmp_path / 'cache/abc.123.tmp'
+    half.parent.mkdir()
+    half.write_bytes(b'x')
+    with sud2.locked(tmp_path):
+        assert not half.exists()
 
 
 def test_windows_has_another_lock_and_tells_no_peak(tmp_path, monkeypatch):

@@ -211,6 +211,9 @@ MUTATIONS = [
     ('metrics.py', 'slice(j, j + TILE)', 'slice(j, j + TILE - 1)'),
     ('metrics.py', 'x.shape[1] * (H - 10)', 'x.shape[1] * H'),
     ('sud2.py', '(n - side) // 2 for n in u', '(n - side) // 3 for n in u'),
+    ('sud2.py', 'scored * t_f + sizes[3] * t_prior', 'scored * t_prior + sizes[3] * t_f'),
+    ('sud2.py', 'if Group.world == 1 else ()', 'if Group.world == 2 else ()'),
+    ('data.py', 'cache and int(os.environ', 'cache and 0 * int(os.environ'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
