@@ -71,8 +71,8 @@ def similarity(a, b, band, data_range):
 def ssim(x_hat, x, *, data_range):
     """Structural similarity, (B,), 1 for equal images. Wang et al. 2004, (13).
 
-    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, of
-    so many images at a time, or of such tiles of a large one, as stay in the cache.
+    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, on as
+    many images at a time as stay in the cache; a large image is cut into tiles.
     """
     check_shapes(x_hat, x)
     H, W = x.shape[-2:]
