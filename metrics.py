@@ -55,7 +55,10 @@ TILE = 256      # a larger image's SSIM is taken in tiles of this size
 
 
 def similarity(a, b, band, data_range):
-    """SSIM at each place of the valid region, images (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    """SSIM at each place of the valid region, images (B, C, H, W) -> (B, C, H - 10, W - 10).
+
+    band: `gaussian_band` of their longer side, or of more.
+    """
     rows, cols = (band[:n - 10, :n] for n in a.shape[2:])
     m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
     a, b = a - m_a, b - m_b                         # variances of centred images lose no digits
