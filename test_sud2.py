@@ -2391,11 +2391,24 @@ def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
         assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
 
 
-def test_half_of_a_cache_goes_with_the_next_run(tmp_path):
-    half = tmp_path / 'cache/abc.123.tmp'
-    half.parent.mkdir()
-    half.write_bytes(b'x')
-    with sud2.locked(tmp_path):
+@job
+def half_of_a_cache(folder):
+    """-> the folder of a run that was killed while it decoded."""
+    (folder / 'cache').mkdir()
+    code = ('import os, pathlib, signal, sys, sud2\n'
+            'with sud2.locked(pathlib.Path(sys.argv[1])):\n'
+            '    pathlib.Path(sys.argv[1], "cache/abc.123.tmp").touch()\n'
+            '    os.kill(os.getpid(), signal.SIGKILL)')
+    killed = subprocess.run([sys.executable, '-c', code, folder], cwd=HERE)
+    assert killed.returncode == -signal.SIGKILL
+    return folder
+
+
+def test_half_of_a_cache_goes_with_the_next_run(meanwhile):
+    """And a killed run leaves no lock."""
+    folder = meanwhile(half_of_a_cache)
+    (half,) = folder.glob('cache/*.tmp')
+    with sud2.locked(folder):
         assert not half.exists()
 
 
