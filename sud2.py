@@ -816,7 +816,11 @@ class Setup:
             if getattr(args, flag) % Group.world:
                 raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must divide '
                                  f'by the number of processes, {Group.world}')
-        self.bf16 = args.precision == 'bf16' or args.precision == 'auto' and fast_bf16(self.device)
+        if args.precision == 'auto':        # as the run began; a new one's first process chooses
+            there = (config_in(self.out) or {}).get('precision')
+            bf16 = not Group.rank and (there == 'bf16' or not there and fast_bf16(self.device))
+            args.precision = 'bf16' if Group.any(bf16) else 'fp32'
+        self.bf16 = args.precision == 'bf16'
         self.acp = ddpm.alphas_cumprod().to(self.device)
         self.about = {'version': VERSION, 'task': args.task, 'channels': args.channels,
                       'width': args.width, 'size': args.size}
@@ -1050,6 +1054,15 @@ def fingerprint(folders):
     return digest.hexdigest() if any(folders) else ''
 
 
+def config_in(out):
+    """What config.json of an output folder holds; None without one. Errors: it is damaged."""
+    path = out / 'config.json'
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else None
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path}: damaged; use another --out') from e
+
+
 def check_config(run):
     """Writes config.json, or compares with the one that is there. Errors: a flag or data that
     differ."""
@@ -1057,12 +1070,10 @@ def check_config(run):
     config['files'] = fingerprint([run.a.data, run.a.images])
     if Group.rank:
         return
-    if path.exists():
-        try:
-            there = json.loads(path.read_bytes())
-            there = {k: there[k] for k in config}
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f'{path}: damaged, or of another version; use another --out') from e
+    there = config_in(run.out)
+    if there is not None:
+        if there.keys() != config.keys():
+            raise ValueError(f'{path}: damaged, or of another version; use another --out')
         if there['files'] != config['files']:
             raise ValueError('--data or --images: not the files that this run began with; '
                              'use another --out')
@@ -1163,23 +1174,26 @@ class Group:
 
 
 def fast_bf16(device):
-    """Whether this device computes faster in bf16: times one convolution both ways, in 2 ms; on a
+    """Whether this device computes faster in bf16: times a convolution both ways, in turn; on a
     GPU, too fast for that, whether it has bf16."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return conv_rate(device, torch.bfloat16) > conv_rate(device, torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)        # on a busy machine several take longest to wait for each other
+    seconds = [[conv_seconds(device, d) for d in (torch.bfloat16, torch.float32)]
+               for _ in range(10)]
+    torch.set_num_threads(threads)
+    bf16, fp32 = map(min, zip(*seconds))
+    return bf16 < fp32
 
 
-def conv_rate(device, dtype):
-    """GFLOP/s of a 3x3 convolution of the network's shape, best of a few."""
+def conv_seconds(device, dtype):
+    """Seconds that a 3x3 convolution of the network's shape takes."""
     x = torch.ones(16, 64, 16, 16, dtype=dtype, device=device).to(memory_format=torch.channels_last)
     w = torch.ones(64, 64, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.nn.functional.conv2d(x, w, padding=1)[0, 0, 0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 9 * 64 * x.numel() / min(seconds) / 1e9
+    began = time.perf_counter()
+    torch.nn.functional.conv2d(x, w, padding=1)[0, 0, 0, 0].item()
+    return time.perf_counter() - began
 
 
 def processor():

@@ -1508,6 +1508,38 @@ def test_a_flag_that_differs_is_named(finished):
         sud2.main(tiny(finished, '--lam1', '0.3'))
 
 
+def test_auto_precision_is_the_faster_and_stays_with_the_run(tmp_path, monkeypatch):
+    """Also where all but one of ten timings are held up; the process keeps its threads."""
+    turns, seconds = iter(range(1000)), {torch.bfloat16: 1.0, torch.float32: 1.5}
+
+    def conv_seconds(device, dtype):
+        assert torch.get_num_threads() == 1
+        return seconds[dtype] if next(turns) % 20 in (6, 7) else 10 - seconds[dtype]
+
+    def begun(name):
+        """A run in the folder of this name."""
+        run = sud2.Setup(sud2.parse([*TINY, '--out', str(tmp_path / name)]))
+        run.out.mkdir(exist_ok=True)
+        sud2.check_config(run)
+        return run
+    monkeypatch.setattr(sud2, 'conv_seconds', conv_seconds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert begun('fast').bf16 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    seconds[torch.bfloat16] = 2.0
+    assert begun('fast').bf16 and not begun('slow').bf16
+    seconds[torch.bfloat16] = 1.0
+    assert not begun('slow').bf16
+    with pytest.raises(ValueError, match='--precision fp32: .*config.json has bf16'):
+        sud2.check_config(sud2.Setup(tiny(tmp_path / 'fast')))
+    monkeypatch.setattr(sud2.Group, 'rank', 1)              # the first process chooses
+    monkeypatch.setattr(sud2.Group, 'any', lambda flag: not flag)
+    assert begun('new').bf16
+
+
 def same_weights(a, b, name):
     """Whether what two finished runs keep under a name is equal bit for bit."""
     ours, theirs = (torch.load(f / name, weights_only=True)['parts'] for f in (a, b))

@@ -214,6 +214,13 @@ MUTATIONS = [
     ('sud2.py', 'scored * t_f + sizes[3] * t_prior', 'scored * t_prior + sizes[3] * t_f'),
     ('sud2.py', 'if Group.world == 1 else ()', 'if Group.world == 2 else ()'),
     ('data.py', 'cache and int(os.environ', 'cache and 0 * int(os.environ'),
+    ('sud2.py', "bf16 = not Group.rank and", 'bf16 ='),
+    ('sud2.py', "or not there and fast_bf16", 'or fast_bf16'),
+    ('sud2.py', "(there == 'bf16' or not there", '(not there'),
+    ('sud2.py', 'torch.set_num_threads(1) ', 'pass'),
+    ('sud2.py', 'torch.set_num_threads(threads)', 'pass'),
+    ('sud2.py', 'return bf16 < fp32', 'return bf16 > fp32'),
+    ('sud2.py', 'map(min, zip(*seconds))', 'map(max, zip(*seconds))'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
