@@ -2372,31 +2372,27 @@ def wait_for(condition, seconds=60):
 
 @job
 def stopping(folder):
-    """-> how each run ended that was stopped, and one that wanted its folder before."""
-    flags = [*TINY, '--prior-steps', '100000', '--save-every', '0', '--out']
+    """-> how each run ended that was stopped."""
     ended = []
     for number in signal.SIGINT, signal.SIGTERM:
         checkpoint = folder / str(number) / 'prior.pt'
-        p = start(*flags, checkpoint.parent)
+        p = start(*TINY, '--prior-steps', '100000', '--save-every', '0', '--out', checkpoint.parent)
         wait_for(checkpoint.exists)
-        if number == signal.SIGINT:
-            second = command(*flags, checkpoint.parent)
         p.send_signal(number)
         ended.append((p.communicate(timeout=30)[1], p.returncode, checkpoint))
-    return ended, second
+    return ended
 
 
 def test_stopping_saves_and_says_how_to_go_on(meanwhile):
-    for err, code, checkpoint in meanwhile(stopping)[0]:
+    for err, code, checkpoint in meanwhile(stopping):
         assert code == 1 and err.strip().startswith('stopped; this goes on: python')
         saved = torch.load(checkpoint, weights_only=True)
         assert saved['step'] > 0 and 'opt' in saved['parts']
 
 
-def test_before_its_stopping_a_run_has_its_folder_alone(meanwhile):
-    second = meanwhile(stopping)[1]
-    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
-    assert 'another process is at work there' in second.stderr
+def test_a_run_has_its_folder_alone(tmp_path):
+    with sud2.locked(tmp_path), pytest.raises(ValueError, match='another process is at work there'):
+        sud2.main(tiny(tmp_path))
 
 
 def test_a_stop_waits_for_the_end_of_an_update_but_not_twice():
@@ -2421,27 +2417,6 @@ def test_a_stop_in_one_process_is_one_for_all(monkeypatch):
                             lambda flags, own, theirs=theirs: flags.__setitem__(
                                 slice(None), [own, theirs]))
         assert [sud2.Group.any(ours) for ours in (False, True)] == [theirs, True]
-
-
-@job
-def half_of_a_cache(folder):
-    """-> the folder of a run that was killed while it decoded."""
-    (folder / 'cache').mkdir()
-    code = ('import os, pathlib, signal, sys, sud2\n'
-            'with sud2.locked(pathlib.Path(sys.argv[1])):\n'
-            '    pathlib.Path(sys.argv[1], "cache/abc.123.tmp").touch()\n'
-            '    os.kill(os.getpid(), signal.SIGKILL)')
-    killed = subprocess.run([sys.executable, '-c', code, folder], cwd=HERE)
-    assert killed.returncode == -signal.SIGKILL
-    return folder
-
-
-def test_half_of_a_cache_goes_with_the_next_run(meanwhile):
-    """And a killed run leaves no lock."""
-    folder = meanwhile(half_of_a_cache)
-    (half,) = folder.glob('cache/*.tmp')
-    with sud2.locked(folder):
-        assert not half.exists()
 
 
 def test_windows_has_another_lock_and_tells_no_peak(tmp_path, monkeypatch):
@@ -2601,20 +2576,24 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node', '2']
 
 @job
 def two_processes_compute(folder):
-    """All of it in 2, but for five updates of sud2, which one process leaves in `cut` -> folder."""
-    code = ('import sud2, sys\n'
+    """All of it in 2, but for five updates of sud2, after which one process is killed in `killed`,
+    with half of a cache -> folder."""
+    code = ('import os, signal, sud2, sys\n'
             'original, calls = sud2.descend, []\n'
-            'def cut(*what):\n'
+            'def descend(*what):\n'
             '    calls.append(1)\n'
             '    if len(calls) > 20 + 5:\n'                 # after the prior's 20 steps
-            '        sys.exit()\n'
+            '        os.kill(os.getpid(), signal.SIGKILL)\n'
             '    original(*what)\n'
-            'sud2.descend = cut\n'
-            'sud2.main(sud2.parse(sys.argv[1:]))')
+            'sud2.descend = descend\n'
+            'with sud2.locked(sud2.Path(sys.argv[-1])):\n'
+            '    open(sys.argv[-1] + "/cache/abc.123.tmp", "w")\n'
+            '    sud2.work(sud2.Setup(sud2.parse(sys.argv[1:])), 0)')
+    (folder / 'killed/cache').mkdir(parents=True)
     subprocess.run([sys.executable, '-c', code, *TWENTY, '--method', 'sud2', '--save-every', '0',
-                    '--out', folder / 'cut'], cwd=HERE, capture_output=True)
+                    '--out', folder / 'killed'], cwd=HERE, capture_output=True)
     (folder / '2').mkdir()
-    shutil.copy(folder / 'cut/sud2-s0.pt', folder / '2')
+    shutil.copy(folder / 'killed/sud2-s0.pt', folder / '2')
     r = command(*TWENTY, '--out', folder / '2', by=TORCHRUN)
     assert r.returncode == 0, r.stderr
     return folder
@@ -2622,9 +2601,12 @@ def two_processes_compute(folder):
 
 def test_two_processes_compute_what_one_does(meanwhile):
     """20 updates under torchrun with two processes: the same losses and weights, also where one
-    process began."""
+    process began. That, killed, left no lock, and its half of a cache goes with the next run."""
     tmp_path = meanwhile(two_processes_compute)
-    assert torch.load(tmp_path / 'cut/sud2-s0.pt', weights_only=True)['step'] == 5
+    assert torch.load(tmp_path / 'killed/sud2-s0.pt', weights_only=True)['step'] == 5
+    (half,) = tmp_path.glob('killed/cache/*.tmp')
+    with sud2.locked(tmp_path / 'killed'):
+        assert not half.exists()
     sud2.main(sud2.parse([*TWENTY, '--out', str(tmp_path / '1')]))
     for name in ('prior', 'denoiser', 'sud-te-s0', 'sud2-s0', 'sud2-kl-s0', 'sud2-kl+g-s0'):
         ours, theirs = (torch.load(tmp_path / d / f'{name}.pt', weights_only=True)['parts']

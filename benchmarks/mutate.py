@@ -212,7 +212,6 @@ MUTATIONS = [
     ('metrics.py', 'x.shape[1] * (H - 10)', 'x.shape[1] * H'),
     ('sud2.py', '(n - side) // 2 for n in u', '(n - side) // 3 for n in u'),
     ('sud2.py', 'scored * t_f + sizes[3] * t_prior', 'scored * t_prior + sizes[3] * t_f'),
-    ('sud2.py', 'if Group.world == 1 else ()', 'if Group.world == 2 else ()'),
     ('data.py', 'cache and int(os.environ', 'cache and 0 * int(os.environ'),
     ('sud2.py', "bf16 = not Group.rank and", 'bf16 ='),
     ('sud2.py', "or not there and fast_bf16", 'or fast_bf16'),
@@ -231,6 +230,7 @@ OF_SEVERAL_PROCESSES = [
      'ddpm.noise_like = lambda x, generator=None: (lambda v: v[:len(x)])('),
     ('sud2.py', 'Group.gather(mirrored(x_hat, flip))', 'mirrored(x_hat, flip)'),
     ('sud2.py', 'keep if start == steps else parts', 'keep'),
+    ('sud2.py', 'if Group.world == 1 else ()', 'if Group.world == 2 else ()'),
 ]
 SLOW = ('help or stopping or two_processes or full_disk or damaged or readme or another_runs '
         'or tables_are or foreign or huge or leaves_work or mutations_are')
