@@ -508,10 +508,12 @@ def reconstruct(run, f, y, batch=64):
     return x_hat.clamp(-1, 1), z
 
 
-def whole(run, f, y, tile=512, overlap=64):
+def whole(run, f, y):
     """f on one image y (1, C, H, W) of any size, in [-1, 1]: padded to what f takes and cropped
-    back; a large one in tiles, whose borders are faded into each other."""
-    H, W = y.shape[2:]
+    back; a large one in tiles, whose borders are faded into each other. Tiles are at most 4 times
+    as large as what f was trained on, whose means and deviations its GroupNorms have learnt."""
+    tile = max(run.a.size, min(4 * run.a.size, 512))
+    (H, W), overlap = y.shape[2:], tile // 4
     total, weight = torch.zeros_like(y), torch.zeros(1, 1, H, W)
     for i in range(0, max(1, H - overlap), tile - overlap):
         for j in range(0, max(1, W - overlap), tile - overlap):

@@ -1150,10 +1150,11 @@ def test_tiles_of_a_large_image_leave_no_seams():
     """With the identity for f, tiles fade into one another to give the image back; where they
     differ by 1 no two pixels beside each other do by more than a tenth."""
     class Identity(torch.nn.Module):
-        factor = 4
+        factor, largest = 4, 0
 
         def forward(self, y):
-            assert y.shape[2] % 4 == 0 and y.shape[3] % 4 == 0 and max(y.shape) <= 64
+            assert y.shape[2] % 4 == 0 and y.shape[3] % 4 == 0
+            self.largest = max(self.largest, *y.shape[2:])
             return y
 
     class Alternating(Identity):
@@ -1162,11 +1163,13 @@ def test_tiles_of_a_large_image_leave_no_seams():
         def forward(self, y):
             self.tiles += 1
             return torch.full_like(y, self.tiles % 2)
-    run = sud2.Setup(sud2.parse(['--precision', 'fp32']))
-    y = 2 * torch.rand(1, 3, 150, 99) - 1
-    assert_close(sud2.whole(run, Identity(), y, tile=64, overlap=16), y)
+    for size, tile in (1024, 1024), (256, 512), (64, 256), (16, 64):
+        run, f = sud2.Setup(sud2.parse(['--precision', 'fp32', '--size', str(size)])), Identity()
+        y = 2 * torch.rand(1, 3, 99, 2 * tile + 22) - 1
+        assert_close(sud2.whole(run, f, y), y)
+        assert f.largest == tile
     for shape in (64, 112), (112, 64):
-        x_hat = sud2.whole(run, Alternating(), torch.zeros(1, 3, *shape), tile=64, overlap=16)
+        x_hat = sud2.whole(run, Alternating(), torch.zeros(1, 3, *shape))
         assert x_hat.amin() == 0 and x_hat.amax() == 1
         assert max(x_hat.diff(dim=d).abs().max() for d in (2, 3)) < .1
 
