@@ -513,16 +513,17 @@ def whole(run, f, y):
     back; a large one in tiles, whose borders are faded into each other. Tiles are at most 4 times
     as large as what f was trained on, whose means and deviations its GroupNorms have learnt."""
     tile = max(run.a.size, min(4 * run.a.size, 512))
-    (H, W), overlap = y.shape[2:], tile // 4
+    (H, W), step = y.shape[2:], tile - tile // 4
     total, weight = torch.zeros_like(y), torch.zeros(1, 1, H, W)
-    for i in range(0, max(1, H - overlap), tile - overlap):
-        for j in range(0, max(1, W - overlap), tile - overlap):
+    corners = [(i, j) for i in range(0, max(1, H - tile // 4), step)
+               for j in range(0, max(1, W - tile // 4), step)]
+    with torch.no_grad(), run.amp():                    # which casts the weights once for all tiles
+        for i, j in corners:
             part = y[:, :, i:i + tile, j:j + tile]
             h, w = part.shape[2:]
             pad = (-w % f.factor, -h % f.factor)
             padded = torch.nn.functional.pad(part, (0, pad[0], 0, pad[1]), mode='replicate')
-            with torch.no_grad(), run.amp():
-                x_hat = f(padded.to(run.device))[:, :, :h, :w].float().cpu()
+            x_hat = f(padded.to(run.device))[:, :, :h, :w].float().cpu()
             rows, cols = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)) for n in (h, w))
             fade = (rows[:, None] * cols).float()
             total[:, :, i:i + tile, j:j + tile] += fade * x_hat
@@ -1470,8 +1471,9 @@ def plan(run, split=None):
     if split and split.test_x is None:
         kind = 'unscored'
     if split and isinstance(split.test_y, list):                    # in images of --size
-        scored = sum(u[0].numel() for u in split.test_y) / a.size ** 2
-        whole = f' of {round(scored * a.size ** 2 / 1e6, 3):,} megapixels together'
+        pixels = sum(u[0].numel() for u in split.test_y)
+        scored = 16 / 9 * pixels / a.size ** 2          # tiles share a quarter with the next
+        whole = f' of {round(pixels / 1e6, 3):,} megapixels together'
     t_f = forward_minutes(run, f)
     t_prior = forward_minutes(run, prior, torch.zeros(16, dtype=torch.long, device=run.device))
     priors = 3 * a.prior_batch * (                                  # 3: forward and backward

@@ -1067,7 +1067,7 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sud2, 'forward_minutes', lambda run, net, *t: 10 if t else 1)
     split = sud2.load_split(tiny(tmp_path, *flags), 0)
     sud2.plan(sud2.Setup(tiny(tmp_path, *flags)), split)
-    f_sees = sum(y.shape[1] * y.shape[2] for y in split.test_y) / 16 ** 2
+    f_sees = (64 / 48) ** 2 * sum(y[0].numel() for y in split.test_y) / 16 ** 2     # tiles overlap
     assert f', {2 * (f_sees + 10 * 2):.1f} of them for scores' in capsys.readouterr().out
     shutil.rmtree(folders / 'test')
     sud2.plan(sud2.Setup(tiny(tmp_path, *flags)), sud2.load_split(tiny(tmp_path, *flags), 0))
