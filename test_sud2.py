@@ -513,7 +513,7 @@ def test_g_is_told_what_most_pixels_undergo():
     g = UNet(2, 2, 16, (1, 2), patch=2)
     opt = Muon(g, 5e-3)
     for _ in range(80):
-        x, share = torch.rand(16, 1, 16, 16), 0.8 * torch.rand(16, 1, 1, 1)
+        x, share = torch.rand(8, 1, 16, 16), 0.8 * torch.rand(8, 1, 1, 1)
         y = torch.lerp(x, torch.ones(()), share)
         sud2.descend(sud2.paired_loss(sud2.measured(g, x, sud2.change(x, y)), y), g, opt, 5e-3)
     x, other = torch.rand(2, 16, 1, 16, 16)
@@ -1279,7 +1279,7 @@ def test_losses_are_on_where_the_table_says_so(tmp_path, weight, names):
     """With one weight alone above 0 only its loss can part a method from supervised."""
     methods = [m for m, method in sud2.METHODS.items() if m != 'cyclegan' and method.lam1 is None]
     run = sud2.Setup(tiny(tmp_path, '--lam1', '0', '--lam2', '0', '--lam3', '0', weight, '0.5',
-                          '--points', '1', '--warmup', '1', '--updates', '3',
+                          '--points', '1', '--warmup', '1', '--updates', '2',
                           '--average-from', '3'))   # never: sud2-kl+g is not drawn to it
     split, ends = sud2.load_split(run.a, 0), {}
     models = sud2.Models(run.net(0, time=True), run.net(0, residual=True))
@@ -1325,12 +1325,12 @@ def test_few_clean_images_are_shifted_and_not_seen_too_often(
         sud2.train_prior(run, u, which)
         assert len({x.numpy().tobytes() for x in torch.cat(seen)}) == places
         assert len(seen) == steps
-    run.a.batch, run.a.updates, run.a.warmup = 100, 1, 0
+    run.a.batch, run.a.updates, run.a.warmup = 64, 1, 0
     split, compare = sud2.load_split(run.a, 0), sud2.paired_loss
     split.images, models = u, sud2.Models(run.net(0, time=True))
     monkeypatch.setattr(sud2, 'paired_loss', lambda x_hat, x: (seen.append(x),
                                                                compare(x_hat, x))[1])
-    for method, n in ('sud2-kl', 25), ('sud2-kl+g', 100):
+    for method, n in ('sud2-kl', 16), ('sud2-kl+g', 64):
         seen.clear()
         sud2.train(run, method, 0, split, models, lambda f: {})
         x_u = next(x for x in seen if len(x) == n)
