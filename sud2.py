@@ -513,10 +513,12 @@ def whole(run, f, y):
     back; a large one in tiles, whose borders are faded into each other. Tiles are at most 4 times
     as large as what f was trained on, whose means and deviations its GroupNorms have learnt."""
     tile = max(run.a.size, min(4 * run.a.size, 512))
-    (H, W), step = y.shape[2:], tile - tile // 4
-    total, weight = torch.zeros_like(y), torch.zeros(1, 1, H, W)
-    corners = [(i, j) for i in range(0, max(1, H - tile // 4), step)
-               for j in range(0, max(1, W - tile // 4), step)]
+    total, weight = torch.zeros_like(y), torch.zeros(1, 1, *y.shape[2:])
+
+    def starts(n):                      # a quarter or more is shared, and none is a narrow rest
+        k = math.ceil(max(0, n - tile) / (tile - tile // 4))
+        return [i * (n - tile) // k for i in range(k + 1)] if k else [0]
+    corners = [(i, j) for i in starts(y.shape[2]) for j in starts(y.shape[3])]
     with torch.no_grad(), run.amp():                    # which casts the weights once for all tiles
         for i, j in corners:
             part = y[:, :, i:i + tile, j:j + tile]
@@ -1472,7 +1474,7 @@ def plan(run, split=None):
         kind = 'unscored'
     if split and isinstance(split.test_y, list):                    # in images of --size
         pixels = sum(u[0].numel() for u in split.test_y)
-        scored = 16 / 9 * pixels / a.size ** 2          # tiles share a quarter with the next
+        scored = 16 / 9 * pixels / a.size ** 2          # tiles share a quarter or more
         whole = f' of {round(pixels / 1e6, 3):,} megapixels together'
     t_f = forward_minutes(run, f)
     t_prior = forward_minutes(run, prior, torch.zeros(16, dtype=torch.long, device=run.device))

@@ -1149,12 +1149,14 @@ def test_custom_folders_name_what_is_wrong(folders, tmp_path, case, message):
 def test_tiles_of_a_large_image_leave_no_seams():
     """With the identity for f, tiles fade into one another to give the image back; where they
     differ by 1 no two pixels beside each other do by more than a tenth."""
+    widths = set()
+
     class Identity(torch.nn.Module):
-        factor, largest = 4, 0
+        factor = 4
 
         def forward(self, y):
             assert y.shape[2] % 4 == 0 and y.shape[3] % 4 == 0
-            self.largest = max(self.largest, *y.shape[2:])
+            widths.add(y.shape[3])
             return y
 
     class Alternating(Identity):
@@ -1166,11 +1168,12 @@ def test_tiles_of_a_large_image_leave_no_seams():
     for size, tile in (1024, 1024), (256, 512), (64, 256), (16, 64):
         run, f = sud2.Setup(sud2.parse(['--precision', 'fp32', '--size', str(size)])), Identity()
         y = 2 * torch.rand(1, 3, 99, 2 * tile + 22) - 1
+        widths.clear()
         assert_close(sud2.whole(run, f, y), y)
-        assert f.largest == tile
-    for shape in (64, 112), (112, 64):
+        assert widths == {tile}                         # none is larger, or a narrow rest
+    for shape in (64, 112), (112, 64), (64, 128):       # two tiles would fill the last, unshared
         x_hat = sud2.whole(run, Alternating(), torch.zeros(1, 3, *shape))
-        assert x_hat.amin() == 0 and x_hat.amax() == 1
+        assert x_hat.amin() < .5 and x_hat.amax() == 1
         assert max(x_hat.diff(dim=d).abs().max() for d in (2, 3)) < .1
 
 

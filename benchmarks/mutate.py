@@ -222,6 +222,8 @@ MUTATIONS = [
     ('sud2.py', 'map(min, zip(*seconds))', 'map(max, zip(*seconds))'),
     ('sud2.py', 'min(4 * run.a.size, 512)', 'min(8 * run.a.size, 512)'),
     ('sud2.py', 'max(run.a.size, min(4', 'max(0, min(4'),
+    ('sud2.py', '/ (tile - tile // 4)', '/ tile'),
+    ('sud2.py', 'i * (n - tile) // k', 'i * (tile - tile // 4)'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
