@@ -666,7 +666,7 @@ def open_image(path, mode=None):
     """
     with opened(path) as image:
         if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f'{image.width} x {image.height} pixels are too many')
+            raise ValueError(f'{image.width} x {image.height} pixels are too many; reduce it')
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
@@ -833,42 +833,6 @@ def read_whole(path, size, short_side=0, grey=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def number_of_crops(width, height, size, most):
-    """As many as would tile a picture, at least one and at most `most`."""
-    return min(most, max(1, (width // size) * (height // size)))
-
-
-def crops(pictures, size, rng, most=MOST_CROPS[0]):
-    """Random size x size crops of each tuple of like pictures (3, H, W) -> one uint8 tensor
-    (N, 3, size, size) an element of the tuples."""
-    cut = []
-    for group in pictures:
-        H, W = group[0].shape[1:]
-        for _ in range(number_of_crops(W, H, size, most)):
-            i, j = rng.integers(H - size + 1), rng.integers(W - size + 1)
-            cut.append([u[:, i:i + size, j:j + size].clone() for u in group])   # views would hold u
-    return [torch.stack(part) for part in zip(*cut)]
-
-
-def crops_of_files(files, size, seed, short_side, cache, grey=None):
-    """Random crops of picture files, decoded once -> uint8 tensor (N, 3, size, size)."""
-    each, of_all = MOST_CROPS
-    most = min(each, max(1, of_all // max(1, len(files))))
-
-    def rows():
-        numbers = []
-        for f in files:
-            with opened(f) as image:
-                numbers.append(number_of_crops(*reduced(*image.size, short_side), size, most))
-        return numbers
-
-    def read(i):
-        u = read_whole(files[i], size, short_side, grey)
-        return crops([(u,)], size, np.random.default_rng([seed, i]), most)[0].numpy()
-    return cached(cache, files, (3, size, size), read, rows if most > 1 else None,
-                  (seed, short_side, grey))
-
-
 def read_pair(x, y, size, short_side=0, grey=None):
     """Files of a true image and its measurement -> two like uint8 (3, H, W); a border that only
     the true image has is cut off. Errors: any other difference of sizes."""
@@ -879,6 +843,35 @@ def read_pair(x, y, size, short_side=0, grey=None):
                          f'{u.shape[2]} x {u.shape[1]}')
     i, j = (m // 2 for m in more)
     return u[:, i:i + v.shape[1], j:j + v.shape[2]], v
+
+
+def crops_of_files(groups, size, seed, short_side, cache, grey=None):
+    """Random crops of pictures, decoded once. A group is one file, (x,), or a pair, (x, y), which
+    is cut at the same places -> for each side of the groups a uint8 tensor (N, 3, size, size)."""
+    each, of_all = MOST_CROPS
+    most = min(each, max(1, of_all // max(1, len(groups))))
+
+    def number(width, height):                      # as many as would tile a picture
+        return min(most, max(1, (width // size) * (height // size)))
+
+    def rows():
+        numbers = []
+        for *_, f in groups if most > 1 else ():
+            with opened(f) as image:
+                numbers.append(number(*reduced(*image.size, short_side)))
+        return numbers or [1] * len(groups)
+
+    def read(i):
+        how = size, short_side, grey
+        u = torch.cat(read_pair(*groups[i], *how)) if sides == 2 else read_whole(*groups[i], *how)
+        rng, (H, W), cut = np.random.default_rng([seed, i]), u.shape[1:], []
+        for _ in range(number(W, H)):
+            top, left = rng.integers(H - size + 1), rng.integers(W - size + 1)
+            cut.append(u[:, top:top + size, left:left + size])
+        return torch.stack(cut).numpy()
+    sides, files = len(groups[0]) if groups else 1, [f for group in groups for f in group]
+    return cached(cache, files, (3 * sides, size, size), read, rows,
+                  (seed, short_side, grey)).split(3, 1)
 
 
 def scored(pairs, size):
@@ -928,14 +921,12 @@ def haze_folders(root, size, pairs, measurements, clean, test, seed, images=None
     left = np.random.default_rng(1 + seed).permutation(left).tolist()
     few, many = take(pairs, views=1), take(measurements)
     more = image_files(images)[:clean] if images else []
-    unpaired = [x for x, _ in take(clean - len(more), views=1)] + more
-    rng = np.random.default_rng(seed)
+    unpaired = [(x,) for x, _ in take(clean - len(more), views=1)] + [(x,) for x in more]
 
-    def load(files):
-        return (read_pair(x, y, size, short_side) for x, y in files)
-    return Split(*crops(load(few), size, rng), *crops(load(many), size, rng)[::-1],
-                 crops_of_files(unpaired, size, seed, short_side, cache),
-                 *scored(load(stand_in or tests), size))
+    def cut(groups):
+        return crops_of_files(groups, size, seed, short_side, cache)
+    pictures = (read_pair(*files, size, short_side) for files in stand_in or tests)
+    return Split(*cut(few), *cut(many)[::-1], *cut(unpaired), *scored(pictures, size))
 
 
 def custom_folders(root, size, pairs, measurements, clean, test, seed, images=None,
@@ -960,19 +951,22 @@ def custom_folders(root, size, pairs, measurements, clean, test, seed, images=No
         xs, ys = named(root / folder / 'x'), named(root / folder / 'y')
         for one, other, side in ((xs, ys, 'y'), (ys, xs, 'x')):
             for name in sorted(one.keys() - other.keys()):
-                raise ValueError(f'{one[name]}: has no partner in {root / folder / side}')
+                raise ValueError(f'{one[name]}: has no partner in {root / folder / side}; pairs go '
+                                 'by names')
         names = sorted(xs) if folder == 'test' else rng.permutation(sorted(xs)).tolist()
-        return (read_pair(xs[n], ys[n], size, short_side, grey) for n in names[:most])
+        return [(xs[n], ys[n]) for n in names[:most]]
 
     def single(files, most):
-        return crops_of_files(rng.permutation(files)[:most].tolist(), size, seed, short_side, cache,
-                              grey)
+        return [(f,) for f in rng.permutation(files)[:most].tolist()]
 
-    few = crops(matched('paired', pairs), size, rng)
-    many = single(image_files(root / 'measurements'), measurements)
-    files = image_files(root / 'images') + (image_files(images) if images else [])
-    unpaired = single(files, clean)
+    def cut(groups):
+        return crops_of_files(groups, size, seed, short_side, cache, grey)
+    few = cut(matched('paired', pairs))
+    many, = cut(single(image_files(root / 'measurements'), measurements))
+    clean_files = image_files(root / 'images') + (image_files(images) if images else [])
+    unpaired, = cut(single(clean_files, clean))
     tests = None, many[:64]
     if (root / 'test').exists():
-        tests = scored(matched('test', test), size)
+        pictures = (read_pair(*files, size, short_side, grey) for files in matched('test', test))
+        tests = scored(pictures, size)
     return Split(*few, many, None, unpaired, *tests)

@@ -410,7 +410,8 @@ def train_prior(run, images, which):
     if a.prior:
         saved = load(Path(a.prior) / f'{which}.pt', {'kind': which, **run.about})
         if 'opt' in saved['parts']:
-            raise ValueError(f'--prior {a.prior}: {which}.pt is not fully trained; go on there')
+            raise ValueError(f'--prior {a.prior}: {which}.pt is not fully trained; repeat '
+                             'the command that trains it')
         ema.load_state_dict(saved['parts']['ema'])
         return ema, saved['seconds']
     opt = Muon(net, a.prior_lr)
@@ -814,7 +815,7 @@ class Setup:
             if self.device.type == 'cuda' and self.device.index:
                 torch.cuda.set_device(self.device)
         except (RuntimeError, AssertionError) as e:
-            raise ValueError(f'--device {args.device}: not to be had here') from e
+            raise ValueError(f'--device {args.device}: not available here') from e
         if int(os.environ.get('WORLD_SIZE', 1)) > 1 and Group.world == 1:
             self.device = Group.join(self.device)
         for flag in ('batch', 'prior_batch', 'gan_batch'):
@@ -822,7 +823,7 @@ class Setup:
                 raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must divide '
                                  f'by the number of processes, {Group.world}')
         if args.precision == 'auto':        # as the run began; a new one's first process chooses
-            there = (config_in(self.out) or {}).get('precision')
+            there = None if args.restore else (config_in(self.out) or {}).get('precision')
             bf16 = not Group.rank and (there == 'bf16' or not there and fast_bf16(self.device))
             args.precision = 'bf16' if Group.any(bf16) else 'fp32'
         self.bf16 = args.precision == 'bf16'
@@ -1106,7 +1107,8 @@ def locked(out):
                 import fcntl
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise ValueError(f'--out {out}: another process is at work there') from e
+            raise ValueError(f'--out {out}: another process is at work there; wait for it, '
+                             'or use another --out') from e
         for half in out.glob('cache/*.tmp') if Group.world == 1 else ():
             half.unlink()                               # left by a run that was killed
         yield

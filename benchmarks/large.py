@@ -43,7 +43,7 @@ def main():
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(a.images)))
     for call in ('data.read_squares(files, 64, cache)',
-                 'data.crops_of_files(files, 64, 0, 0, cache)'):
+                 'data.crops_of_files([(f,) for f in files], 64, 0, 0, cache)[0]'):
         code = START.format(root=str(ROOT), folder=str(folder), cache=str(Path(a.out) / 'cache'),
                             call=call)
         for start in ('first', 'second'):
