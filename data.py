@@ -803,7 +803,7 @@ def celeba_mask_hq(root, size, pairs, measurements, clean, test, seed, images=No
 
 
 # Folders of pictures of any size: training crops at full resolution, tests on whole images.
-MOST_CROPS = 16, 20000                  # of one picture, and, but for one each, of all of a folder
+MOST_CROPPED = 2 ** 26          # pixels of a folder's crops together, if one of each is not more
 
 
 def reduced(width, height, short_side):
@@ -848,11 +848,10 @@ def read_pair(x, y, size, short_side=0, grey=None):
 def crops_of_files(groups, size, seed, short_side, cache, grey=None):
     """Random crops of pictures, decoded once. A group is one file, (x,), or a pair, (x, y), which
     is cut at the same places -> for each side of the groups a uint8 tensor (N, 3, size, size)."""
-    each, of_all = MOST_CROPS
-    most = min(each, max(1, of_all // max(1, len(groups))))
+    most = MOST_CROPPED // (size ** 2 * max(1, len(groups)))
 
-    def number(width, height):                      # as many as would tile a picture
-        return min(most, max(1, (width // size) * (height // size)))
+    def number(width, height):              # as many as would tile a picture
+        return max(1, min(most, (width // size) * (height // size)))
 
     def rows():
         numbers = []

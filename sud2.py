@@ -1493,7 +1493,8 @@ def plan(run, split=None):
     if any('cyclegan' in m for m in a.method):
         gan = cyclegan.CycleGAN(a.channels, *cyclegan.sizes(a.size)).to(run.device)
         updates += 24 * a.gan_steps * a.gan_batch * forward_minutes(run, gan.to_x)
-    print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}; {sizes[0]} pairs, '
+    cut = ' crops' * bool(split and a.data and a.task != 'inpaint')
+    print(f'{a.task}: {a.data or "drawn images"}, {a.size} x {a.size}{cut}; {sizes[0]} pairs, '
           f'{sizes[1]} measurements, {sizes[2]} clean, {sizes[3]} {kind} images{whole}\n'
           f'methods: {", ".join(a.method)}; seeds {", ".join(map(str, a.seed))}; '
           f'{a.updates} updates each\n'

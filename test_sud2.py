@@ -940,7 +940,7 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
 
 
 def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
-    """Four crops of each, in the files' order; fewer of many; a later start decodes nothing."""
+    """As many crops as tile each, in the files' order; fewer of many; later nothing is decoded."""
     files = [picture(tmp_path / f'{k}.png', (40 + k, 33), seed=k) for k in range(2)]
     Image.new('RGB', (33, 44), (7, 7, 7)).save(tmp_path / '2.png')
     files = [(f,) for f in (*files, tmp_path / '2.png')]
@@ -949,8 +949,9 @@ def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
     assert torch.equal(cut, *data.crops_of_files(files, 16, 0, 0, None))
     assert not torch.equal(cut, *data.crops_of_files(files, 16, 1, 0, tmp_path / 'cache'))
     assert len(*data.crops_of_files(files, 16, 0, 20, None)) == 3
+    assert len(*data.crops_of_files(files, 8, 0, 0, None)) == 3 * 4 * 5
     for most, crops in (7, 6), (2, 3):                  # at least one of each
-        monkeypatch.setattr(data, 'MOST_CROPS', (16, most))
+        monkeypatch.setattr(data, 'MOST_CROPPED', most * 16 ** 2)
         assert len(*data.crops_of_files(files, 16, 0, 0, None)) == crops
     monkeypatch.undo()
     monkeypatch.setattr(data, 'read_whole', None)
@@ -1053,7 +1054,8 @@ def test_the_plan_tells_what_is_there(folders, tmp_path, capsys, monkeypatch):
     assert '2 pairs, 8 measurements, 16 clean, 12 test images\n' in capsys.readouterr().out
     assert not (tmp_path / 'run').exists()
     sud2.main(tiny(tmp_path / 'run', *flags))
-    said = '4 pairs, 4 measurements, 4 clean, 2 test images of 0.002 megapixels together\n'
+    said = ('16 x 16 crops; 4 pairs, 4 measurements, 4 clean, '
+            '2 test images of 0.002 megapixels together\n')
     out = capsys.readouterr().out
     assert said in out and '(--points); output in ' in out
     monkeypatch.setattr(sud2, 'forward_minutes', lambda run, net, *t: 10 if t else 1)

@@ -144,7 +144,7 @@ MUTATIONS = [
     ('sud2.py', 'torch.distributed.all_gather_object(flags, flag)', 'pass'),
     ('sud2.py', "4 + r * (side + 4) + side / 2), name", "4 + r * (side - 4) + side / 2), name"),
     ('data.py', 'take(clean - len(more), views=1)', 'take(clean - len(more), views=2)'),
-    ('data.py', 'max(1, of_all //', 'max(2, of_all //'),
+    ('data.py', 'max(1, min(most, (', 'max(2, min(most, ('),
     ('data.py', 'default_rng(0).permutation(len(scenes))', 'default_rng(1).permutation(len(scenes))'),
     ('data.py', 'if not folder.is_dir() or not', 'if not folder.is_dir() and not'),
     ('cyclegan.py', 'images.detach().float(), generator', 'images.detach(), generator'),
@@ -224,6 +224,8 @@ MUTATIONS = [
     ('sud2.py', 'max(run.a.size, min(4', 'max(0, min(4'),
     ('sud2.py', '/ (tile - tile // 4)', '/ tile'),
     ('sud2.py', 'i * (n - tile) // k', 'i * (tile - tile // 4)'),
+    ('data.py', '(size ** 2 * max(1, len(groups)))', '(size * max(1, len(groups)))'),
+    ('sud2.py', 'None if args.restore else (config_in', '(config_in'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
