@@ -814,17 +814,18 @@ def reduced(width, height, short_side):
     return tuple(max(short_side, round(n * short_side / side)) for n in (width, height))
 
 
-def read_whole(path, size, short_side=0, grey=None):
-    """An image file -> uint8 (3, H, W), reduced to `short_side` if that is given and smaller.
-
-    Errors: an image that is less than size x size; one in grey where `grey` is False, in colour
-    where it is True.
-    """
+def read_rgb(path, grey=None):
+    """A picture in RGB. Errors: one in grey where `grey` is False, in colour where it is True."""
     image = open_image(path)
     if grey is not None and (image.mode in ('1', 'L', 'LA', 'La')) != grey:
         raise ValueError(f'{path}: {"in colour" if grey else "grey"}, but --channels '
                          f'{1 if grey else 3} needs {"grey" if grey else "colour"} images')
-    image = image.convert('RGB')
+    return image.convert('RGB')
+
+
+def whole_tensor(image, path, size, short_side):
+    """A picture -> uint8 (3, H, W), reduced to `short_side` if that is given and smaller. Errors:
+    then it is less than size x size."""
     if reduced(*image.size, short_side) != image.size:
         image = image.resize(reduced(*image.size, short_side), Image.Resampling.BOX)
     if min(image.size) < size:
@@ -833,16 +834,21 @@ def read_whole(path, size, short_side=0, grey=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def read_whole(path, size, short_side=0, grey=None):
+    """An image file -> uint8 (3, H, W), as `whole_tensor` makes it of what `read_rgb` reads."""
+    return whole_tensor(read_rgb(path, grey), path, size, short_side)
+
+
 def read_pair(x, y, size, short_side=0, grey=None):
     """Files of a true image and its measurement -> two like uint8 (3, H, W); a border that only
-    the true image has is cut off. Errors: any other difference of sizes."""
-    u, v = (read_whole(f, size, short_side, grey) for f in (x, y))
-    more = [a - b for a, b in zip(u.shape[1:], v.shape[1:])]
-    if min(more) < 0 or max(more) > .1 * max(u.shape):
-        raise ValueError(f'{y}: {v.shape[2]} x {v.shape[1]}, but {x} is '
-                         f'{u.shape[2]} x {u.shape[1]}')
+    the true image has is cut off, then both are reduced. Errors: any other difference of sizes."""
+    u, v = (read_rgb(f, grey) for f in (x, y))
+    more = [a - b for a, b in zip(u.size, v.size)]
+    if min(more) < 0 or max(more) > .1 * max(u.size):
+        raise ValueError(f'{y}: {v.width} x {v.height}, but {x} is {u.width} x {u.height}')
     i, j = (m // 2 for m in more)
-    return u[:, i:i + v.shape[1], j:j + v.shape[2]], v
+    u = u.crop((i, j, i + v.width, j + v.height))
+    return [whole_tensor(image, f, size, short_side) for image, f in ((u, x), (v, y))]
 
 
 def crops_of_files(groups, size, seed, short_side, cache, grey=None):

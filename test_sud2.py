@@ -929,6 +929,8 @@ def test_crops_and_pairs_stay_aligned(tmp_path):
         image.crop((2, 1, 38, 29)).save(tmp_path / 'y.png')
     u, v = data.read_pair(tmp_path / 'x.png', tmp_path / 'y.png', 16)
     assert torch.equal(u, v) and u.shape == (3, 28, 36)
+    reduced = data.read_pair(tmp_path / 'x.png', tmp_path / 'y.png', 16, short_side=20)
+    assert torch.equal(*reduced) and reduced[0].shape == (3, 20, 26), 'after the border is cut off'
     picture(tmp_path / 'narrow.png', (30, 30))
     with pytest.raises(ValueError, match='narrow.png: 30 x 30, but .*x.png is 40 x 30'):
         data.read_pair(tmp_path / 'x.png', tmp_path / 'narrow.png', 16)

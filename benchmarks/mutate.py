@@ -226,6 +226,7 @@ MUTATIONS = [
     ('sud2.py', 'i * (n - tile) // k', 'i * (tile - tile // 4)'),
     ('data.py', '(size ** 2 * max(1, len(groups)))', '(size * max(1, len(groups)))'),
     ('sud2.py', 'None if args.restore else (config_in', '(config_in'),
+    ('data.py', '(i, j, i + v.width, j + v.height)', '(0, 0, v.width, v.height)'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
