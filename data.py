@@ -690,7 +690,7 @@ def decode(out, ends, read):
     def fill(i):
         out[ends[i - 1] if i else 0:ends[i]] = read(i)
     began = last = time.monotonic()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:            # more only fill the memory
         for n, _ in enumerate(pool.map(fill, range(len(ends))), 1):
             if time.monotonic() - last > 5 and n < len(ends):
                 last = time.monotonic()
@@ -868,12 +868,13 @@ def crops_of_files(groups, size, seed, short_side, cache, grey=None):
 
     def read(i):
         how = size, short_side, grey
-        u = torch.cat(read_pair(*groups[i], *how)) if sides == 2 else read_whole(*groups[i], *how)
-        rng, (H, W), cut = np.random.default_rng([seed, i]), u.shape[1:], []
-        for _ in range(number(W, H)):
+        whole = read_pair(*groups[i], *how) if sides == 2 else [read_whole(*groups[i], *how)]
+        rng, (H, W) = np.random.default_rng([seed, i]), whole[0].shape[1:]
+        out = np.empty((number(W, H), 3 * sides, size, size), np.uint8)
+        for crop in out:
             top, left = rng.integers(H - size + 1), rng.integers(W - size + 1)
-            cut.append(u[:, top:top + size, left:left + size])
-        return torch.stack(cut).numpy()
+            crop[:] = torch.cat([u[:, top:top + size, left:left + size] for u in whole])
+        return out
     sides, files = len(groups[0]) if groups else 1, [f for group in groups for f in group]
     return cached(cache, files, (3 * sides, size, size), read, rows,
                   (seed, short_side, grey)).split(3, 1)
