@@ -854,6 +854,7 @@ def read_pair(x, y, size, short_side=0, grey=None):
 def crops_of_files(groups, size, seed, short_side, cache, grey=None):
     """Random crops of pictures, decoded once. A group is one file, (x,), or a pair, (x, y), which
     is cut at the same places -> for each side of the groups a uint8 tensor (N, 3, size, size)."""
+    sides, files = len(groups[0]) if groups else 1, [f for group in groups for f in group]
     most = MOST_CROPPED // (size ** 2 * max(1, len(groups)))
 
     def number(width, height):              # as many as would tile a picture
@@ -875,9 +876,8 @@ def crops_of_files(groups, size, seed, short_side, cache, grey=None):
             top, left = rng.integers(H - size + 1), rng.integers(W - size + 1)
             crop[:] = torch.cat([u[:, top:top + size, left:left + size] for u in whole])
         return out
-    sides, files = len(groups[0]) if groups else 1, [f for group in groups for f in group]
     return cached(cache, files, (3 * sides, size, size), read, rows,
-                  (seed, short_side, grey)).split(3, 1)
+                  (seed, short_side, grey, most)).split(3, 1)
 
 
 def scored(pairs, size):

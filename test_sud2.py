@@ -954,7 +954,7 @@ def test_pictures_of_any_size_are_cut_once(tmp_path, monkeypatch):
     assert len(*data.crops_of_files(files, 8, 0, 0, None)) == 3 * 4 * 5
     for most, crops in (7, 6), (2, 3):                  # at least one of each
         monkeypatch.setattr(data, 'MOST_CROPPED', most * 16 ** 2)
-        assert len(*data.crops_of_files(files, 16, 0, 0, None)) == crops
+        assert len(*data.crops_of_files(files, 16, 0, 0, tmp_path / 'cache')) == crops
     monkeypatch.undo()
     monkeypatch.setattr(data, 'read_whole', None)
     assert torch.equal(cut, *data.crops_of_files(files, 16, 0, 0, tmp_path / 'cache'))
