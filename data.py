@@ -647,12 +647,15 @@ def image_files(folder):
 @contextlib.contextmanager
 def opened(path):
     """-> an image file of which only the head, with width and height, is read yet. Errors: no
-    image, a broken one, also where it is decoded later, inside."""
+    image, a TIFF of several pages, a broken one, also where it is decoded later, inside."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')             # of sizes that open_image refuses
             image = Image.open(path)
+            pages = image.n_frames if image.format == 'TIFF' else 1
         with image:
+            if pages > 1:                               # a stack, most of which would be lost
+                raise ValueError(f'{pages} pages; save each as a picture of its own')
             yield image
     except Exception as e:              # whatever a broken file does to the decoder
         raise ValueError(f'{path}: not a readable image ({e})') from e
@@ -662,14 +665,18 @@ def open_image(path, mode=None):
     """A decoded, upright picture, converted to a mode if one is given; 16-bit grey becomes 8-bit, a
     palette with transparent colours RGBA.
 
-    Errors: no image, a broken one, one of too many pixels.
+    Errors: no image, a broken one, one of too many pixels, numbers that would end as black.
     """
     with opened(path) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f'{image.width} x {image.height} pixels are too many; reduce it')
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype('uint8'))
+        if image.mode[0] in 'IF':
+            v = np.asarray(image)
+            if image.mode == 'F' or v.min() < 0 or not 4096 <= v.max() <= 65535:    # 12 bits, say
+                raise ValueError(f'values of {v.min():g} to {v.max():g} are not 16-bit; scale all '
+                                 'pictures by one factor to whole numbers of 0 to 65535')
+            image = Image.fromarray((v // 257).astype('uint8'))
         if image.mode == 'P' and image.has_transparency_data:
             image = image.convert('RGBA')
         return image.convert(mode) if mode else image.copy()
@@ -845,7 +852,8 @@ def read_pair(x, y, size, short_side=0, grey=None):
     u, v = (read_rgb(f, grey) for f in (x, y))
     more = [a - b for a, b in zip(u.size, v.size)]
     if min(more) < 0 or max(more) > .1 * max(u.size):
-        raise ValueError(f'{y}: {v.width} x {v.height}, but {x} is {u.width} x {u.height}')
+        raise ValueError(f'{y}: {v.width} x {v.height}, but {x} is {u.width} x {u.height}; '
+                         'bring both to one size')
     i, j = (m // 2 for m in more)
     u = u.crop((i, j, i + v.width, j + v.height))
     return [whole_tensor(image, f, size, short_side) for image, f in ((u, x), (v, y))]

@@ -2129,6 +2129,15 @@ def test_bytes_and_floats():
 def test_pictures_are_read_upright_in_8_bits_and_centred(tmp_path):
     Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / '16.png')
     assert np.array(data.open_image(tmp_path / '16.png')).tolist() == [[0, 1, 255]]
+    ranges = (np.uint16, 0, 4095), (np.int32, -1, 9000), (np.int32, 0, 65536), (np.float32, 0, 1)
+    for k, (kind, *ends) in enumerate(ranges):          # as 8 bits these would be nearly black
+        Image.fromarray(np.array([ends], kind)).save(tmp_path / f'{k}.tif')
+        with pytest.raises(ValueError, match=f'{k}.tif: .*{ends[0]} to {ends[1]} are not 16-bit'):
+            data.open_image(tmp_path / f'{k}.tif', 'RGB')
+    page = Image.new('L', (4, 4))
+    page.save(tmp_path / 'stack.tif', save_all=True, append_images=[page])
+    with pytest.raises(ValueError, match='stack.tif: .*2 pages; save each as a picture'):
+        data.open_image(tmp_path / 'stack.tif')
     for shape in ((4, 10), (10, 4)):
         wide = np.zeros((*shape, 3), np.uint8)
         i, j = ((n - 4) // 2 for n in shape)
