@@ -88,6 +88,7 @@ METHODS = {
     'sud2-kl+g': Method('entropy', times=5, clean='g(x_u)'),        # not in the paper
     'oracle': Method('truth', lam1=1.0),
 }
+G_LEARNS = 100          # updates until what g leaves of a measurement tells of it, not of g
 ENDLESS = 'denoise', 'noise, denoise', 'R∘F'    # labels whose pull goes on where f is right
 Models = namedtuple('Models', 'prior denoiser gan', defaults=(None, None))   # frozen; None: unused
 
@@ -109,14 +110,15 @@ def pseudo_label(kind, x_hat, y_u, x_u, models, a, acp, g):
         return models.denoiser(x_hat + nu)                          # Eq. (9), Dev. 7
 
 
-def entropy_label(x_hat, prior, fake, a, acp, g):
+def entropy_label(x_hat, prior, fake, a, acp, g, bias=None):
     """Not in the paper: the pseudo-label of sud2-kl, and the loss that trains D^f along.
 
     What (4) lacks is the entropy of the outputs: KL(p_{f+ν} ‖ p_{x+ν}) = H(p_{f+ν}, p_{x+ν}) -
     H(p_{f+ν}). Tweedie's formula (6) on both distributions gives its gradient in f(y_u), up to
     1 / σ²: D^f(f + ν) - D^x(f + ν). D^x is the prior; D^f, `fake`, starts as the prior and learns
     the outputs themselves. Where the two agree nothing is pulled: no collapse to a mode, and no
-    drift of what is right already. Outputs (B, C, H, W), a scalar.
+    drift of what is right already. With `bias`, that of D^x from `tone_bias`, both are freed of
+    theirs. Outputs (B, C, H, W), a scalar.
     """
     x_hat = x_hat.detach()
     t = draw_times(*a.kl_range, len(x_hat), g, x_hat.device)
@@ -126,7 +128,30 @@ def entropy_label(x_hat, prior, fake, a, acp, g):
     with torch.no_grad():
         D_f = ddpm.predict_x0(x_t, t, eps_f, acp, clip=False)
         D_x = ddpm.predict_x0(x_t, t, prior(x_t, t).float(), acp, clip=False)
+        if bias is not None:
+            own = (D_f - x_hat).mean((0, 2, 3), keepdim=True)
+            D_f, D_x = D_f - Group.mean({'bias': own})['bias'], D_x - bias
     return x_hat - (D_f - D_x), (eps_f - eps).square().mean()
+
+
+def tone_bias(run, prior, images):
+    """Not in the paper: the mean of D^x(x + ν) - x over clean images -> (1, C, 1, 1).
+
+    An ideal denoiser keeps the mean: E[D^x(x + ν)] = E[x]. A trained one is off by thousandths, in
+    every update the same way, in the overall tone, in which the prior hardly pulls back: f drifts
+    far where nothing else holds the tone.
+    """
+    g, errors = generators(0, run.device)[0], []
+    for _ in range(math.ceil(1024 / run.a.batch)):
+        x = Group.own(clean_batch(run, images, g, run.a.batch))
+        t = draw_times(*run.a.kl_range, len(x), g, run.device)
+        nu = ddpm.noise_like(x, g)
+        for eps in (nu, -nu):                           # whose own mean would blur the result
+            x_t = ddpm.add_noise(x, t, eps, run.acp)
+            with torch.no_grad(), run.amp():
+                D_x = ddpm.predict_x0(x_t, t, prior(x_t, t).float(), run.acp, clip=False)
+            errors.append((D_x - x).mean((0, 2, 3), keepdim=True))
+    return Group.mean({'bias': torch.stack(errors).mean(0)})['bias']
 
 
 def change(x, y):
@@ -170,17 +195,18 @@ def train(run, method, seed, split, models, score):
         return {'lr': a.lr * falls, 'decay': teacher_decay(step), 'keeps': 1 - 1 / max(1, n),
                 'lam1': ramp * (endless if m.label in ENDLESS else 1) * most,   # Dev. 10
                 'with_unpaired': bool(m.label and any(weights) and step >= a.warmup),
+                'with_rest': m.clean == 'g(x_u)' and step >= a.warmup + G_LEARNS,
                 # g holds f; else f wanders, for Muon's steps are always long
                 'averages': n > 0 and m.clean != 'g(x_u)'}                      # Dev. 11
 
-    def update(lr, decay, keeps, lam1, with_unpaired, averages):
+    def update(lr, decay, keeps, lam1, with_unpaired, with_rest, averages):
         x, y = pairs_batch(run, split, paired)
         with run.amp():
             x_hat = f(y)
         numbers = {'paired': paired_loss(x_hat, x)}
         loss = numbers['paired']
         if with_unpaired:                                           # Dev. 3
-            numbers |= unpaired.losses(x, y)
+            numbers |= unpaired.losses(x, y, with_rest)
             loss = total_loss(loss, numbers['denoiser'], numbers['reg'], lam1, lam2)
             loss = loss + lam3 * numbers['clean'] if m.clean else loss
         descend(loss, f, opt, lr)
@@ -209,6 +235,9 @@ class Unpaired:
         if method.label == 'entropy':
             self.fake = copy.deepcopy(models.prior).requires_grad_()
             self.fake_opt = Muon(self.fake, run.a.kl_lr)
+            x, y = (data.to_float(u[:64]) for u in (split.pairs_x, split.pairs_y))
+            tone = change(x, y).any()       # changes; else most pixels stay, and hold it
+            self.bias = tone_bias(run, models.prior, split.images) if tone else None
             self.parts |= {'fake': self.fake, 'fake_opt': self.fake_opt}
         if method.clean == 'g(x_u)':
             self.g = run.net(seed, images=2, shrink=2)
@@ -229,7 +258,7 @@ class Unpaired:
             return mirrored(Group.own(everyone), flip)
         return x_hat
 
-    def losses(self, x, y):
+    def losses(self, x, y, with_rest):
         """One mini-batch of measurements -> L_denoiser, L_reg and, where the method has them,
         L_paired on pairs of clean images. D^f and g take a step; x, y are this update's pairs."""
         run, a, (label, *_), split = self.run, self.run.a, self.method, self.split
@@ -242,7 +271,7 @@ class Unpaired:
             start = self.start(x_hat.detach(), y_u, flip, drawn)
             if label == 'entropy':
                 target, fake_loss = entropy_label(start, self.models.prior, self.fake, a, run.acp,
-                                                  self.noise)
+                                                  self.noise, self.bias)
             else:
                 target = pseudo_label(label, start, y_u, x_u, self.models, a, run.acp, self.noise)
         if label == 'entropy':
@@ -250,14 +279,14 @@ class Unpaired:
         losses = {'denoiser': denoiser_loss(x_hat, target), 'reg': reg_loss(Group.gather(z), a.reg),
                   'corr': metrics.correlation(x_hat)}
         if self.method.clean:
-            losses['clean'] = self.clean_loss(x, y, x_hat.detach(), y_u)
+            losses['clean'] = self.clean_loss(x, y, x_hat.detach(), y_u, with_rest)
         return losses
 
-    def clean_loss(self, x, y, x_hat, y_u):
+    def clean_loss(self, x, y, x_hat, y_u, with_rest):
         """Not in the paper: L_paired on pairs made of clean images: (x_u, x_u), since f has nothing
         to undo in a clean image, or (g(x_u), x_u), where g learns from the pairs and from f. What
-        differs at random g cannot know: with --residual a made measurement gets what is left of a
-        true one, y_u - g(f(y_u)), noise or scratches."""
+        differs at random, as noise or scratches do, g cannot know: where it leaves more than a
+        tenth of the change that f undoes, a made measurement gets that rest, y_u - g(f(y_u))."""
         run, images = self.run, self.split.images
         if self.method.clean == 'x_u':      # a few do as well as many; they go to every process
             x_u = clean_batch(run, images, self.draws, max(1, run.a.batch // 4))
@@ -270,8 +299,11 @@ class Unpaired:
             y_hat = measured(self.g, known, c).tensor_split([len(x)])
             with torch.no_grad():
                 made = measured(self.g, x_u, c[len(x):])
-                if run.a.residual:
-                    made += y_u - y_hat[1]
+                if with_rest:
+                    rest, undone = y_u - y_hat[1], y_u - x_hat
+                    energy = Group.mean({'rest': rest.square().mean(),
+                                         'undone': undone.square().mean()})
+                    made += (energy['rest'] > .1 * energy['undone']) * rest
             loss = paired_loss(self.f(made), x_u)
         descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), self.g, self.g_opt,
                 run.a.kl_lr)
@@ -1331,8 +1363,6 @@ def flags_of_the_method(p):
     g.add_argument('--lam2', type=weight, default=0.02, help='λ2, weight of L_reg')
     g.add_argument('--lam3', type=weight, default=0.2,
                    help='sud2-kl, sud2-kl+g: λ3, weight of L_paired on pairs of clean images')
-    g.add_argument('--residual', action='store_true',
-                   help='sud2-kl+g: what g leaves of measurements, say noise, is put on its own')
     g.add_argument('--sigma', type=real, default=0.2, help="σ = σ2 of D_σ, images in [-1, 1]")
     g.add_argument('--reg', choices=['signed', 'abs', 'square'], default='signed',
                    metavar='NAME', help='L_reg of signed, abs or square correlations')

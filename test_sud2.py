@@ -370,8 +370,8 @@ def test_a_long_run_is_pulled_no_more_in_all_than_one_of_400_updates(tmp_path, m
         schedule(k)['lam1'] for k in range(steps)])
     for updates, share in ((300, 1), (400, 1), (2000, 1 / 5)):
         run = sud2.Setup(tiny(tmp_path, '--updates', str(updates)))
-        models = sud2.Models(run.net(0, time=True))
-        _, _, used = sud2.train(run, method, 0, None, models, None)     # nothing is drawn
+        models, split = sud2.Models(run.net(0, time=True)), sud2.load_split(run.a, 0)
+        _, _, used = sud2.train(run, method, 0, split, models, None)    # nothing is drawn
         assert used == pytest.approx([run.a.lam1 * (1 if ends else share * sud2.learning_rate(
             k, updates)) for k in range(updates)])
 
@@ -473,6 +473,34 @@ def test_sud2_kl_trains_d_f_to_predict_the_noise(monkeypatch):
         assert_close(got[1].item(), loss, atol=1e-6, rtol=0)
 
 
+def test_no_denoiser_moves_the_tone(tmp_path):
+    """Of D^x and D^f that know their images but for a tone, the label is free of both tones; it is
+    measured where the pairs show another tone, and not where most pixels stay."""
+    run, u = sud2.Setup(tiny(tmp_path)), torch.full((2, 3, 16, 16), 204, dtype=torch.uint8)
+    tone = torch.tensor([0.1, 0.0, -0.1]).view(1, 3, 1, 1)
+
+    def knows(x, off, grain=0):
+        def eps_model(x_t, t):
+            a = ACP[t].view(-1, 1, 1, 1)
+            nu = (x_t - a.sqrt() * x) / (1 - a).sqrt()
+            return (x_t - a.sqrt() * (x + off + grain * nu)) / (1 - a).sqrt()
+        return eps_model
+    prior = knows(0.6, tone)                                        # 204 / 127.5 - 1
+    bias = sud2.tone_bias(run, knows(0.6, tone, grain=5), u)
+    assert bias.shape == (1, 3, 1, 1)
+    assert_close(bias, tone, atol=1e-4, rtol=0)
+    x_hat = torch.rand(4, 3, 16, 16)
+    label, _ = sud2.entropy_label(x_hat, prior, knows(x_hat, 3 * tone), run.a, ACP, None, bias)
+    assert_close(label, torch.full_like(x_hat, 0.6), atol=1e-4, rtol=0)
+    hole, method = u.clone(), sud2.METHODS['sud2-kl']
+    hole[:, :, :8, :15] = 0
+    for y, measured in ((hole, False), (u - 1, True)):
+        split = data.Split(u, y, y, None, u, None, y)
+        models = sud2.Models(run.net(0, time=True))
+        parts = sud2.Unpaired(run, method, 0, split, models, None)
+        assert (parts.bias is not None) == measured
+
+
 def test_what_g_covers_leaves_no_trace():
     """measured() is x where g covers nothing and the cover alone where it covers all."""
     x, cover = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -523,14 +551,20 @@ def test_g_is_told_what_most_pixels_undergo():
         assert (y_hat - y).abs().mean() < .05
 
 
-@pytest.mark.parametrize('method, flags', [
-    ('sud2-kl', ()), ('sud2-kl+g', ()), ('sud2-kl+g', ('--residual',))])
-def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method, flags):
+@pytest.mark.parametrize('method, first, y_u, others, rest', [
+    ('sud2-kl', 0, 150, 0, 0), ('sud2-kl+g', 1, 150, 0, 0), ('sud2-kl+g', 0, 150, 0, 1),
+    ('sud2-kl+g', 0, 0, 0, 0),          # of black g leaves .08 of the change, of grey .97
+    ('sud2-kl+g', 0, 150, 9, 0)])       # and less in the mean over processes
+def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method, first, y_u, others,
+                                                 rest):
     """The first update, of flat images: f(y) = y - .2, say, and g(x) = (1 - sigmoid(-2)) x."""
-    run = sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1', *flags))
-    losses, told, measured = [], [], sud2.measured
-    x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8)
-                          for v in (30, 90, 150, 250))
+    run = sud2.Setup(tiny(tmp_path, '--warmup', '0', '--updates', '1', '--points', '1'))
+    monkeypatch.setattr(sud2, 'G_LEARNS', first)
+    monkeypatch.setattr(sud2, 'tone_bias', lambda *_: None)
+    monkeypatch.setattr(sud2.Group, 'mean', lambda numbers: {
+        k: v + others * (k == 'undone') for k, v in numbers.items()})
+    losses, told, measured, values = [], [], sud2.measured, (30, 90, y_u, 250)
+    x_p, y_p, y_u, x_u = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8) for v in values)
     split = data.Split(x_p, y_p, y_u, None, x_u, None, y_u)
     descend, net = sud2.descend, run.net
 
@@ -546,9 +580,9 @@ def test_pairs_of_clean_images_and_what_g_learns(tmp_path, monkeypatch, method, 
         told.extend(c[:, 0, 0, 0].tolist()), measured(g, x, c))[1])
     prior = run.net(0, time=True)
     sud2.train(run, method, 0, split, sud2.Models(prior), lambda f: {})
-    x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in (30, 90, 150, 250))
+    x_p, y_p, y_u, x_u = (2 * v / 255 - 1 for v in values)
     k = 1 / (1 + math.exp(-2))
-    made = k * x_u + (y_u - k * (y_u - 0.2) if flags else 0)
+    made = k * x_u + rest * (y_u - k * (y_u - 0.2))
     clean = (made - 0.2 - x_u) ** 2 if '+g' in method else 0.2 ** 2
     _, *of_g, of_f = losses                 # D^f is the prior still: nothing is pulled
     assert of_g == [pytest.approx((k * x_p - y_p) ** 2 + (k * (y_u - 0.2) - y_u) ** 2, abs=1e-4)
@@ -1590,9 +1624,9 @@ def test_replayed_updates_are_those_that_are_launched(tmp_path, monkeypatch, met
             opt.param_groups[0]['eps'] = 1
         return both
     monkeypatch.setattr(cyclegan, 'optimisers', smooth)
+    monkeypatch.setattr(sud2, 'G_LEARNS', 4)
     flags = ['--device', 'cuda', '--method', method, '--updates', '14', '--warmup', '5',
-             '--residual', '--gan-steps', '14', '--precision',
-             'fp32' if method == 'cyclegan' else 'bf16']
+             '--gan-steps', '14', '--precision', 'fp32' if method == 'cyclegan' else 'bf16']
     ends = []
     for recorded in (sud2.recorded, lambda update, parts, device: update):
         monkeypatch.setattr(sud2, 'recorded', recorded)

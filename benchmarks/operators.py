@@ -7,7 +7,7 @@ chosen without them -> results/operators.json, assets/operators.png and a table.
 
 Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
 picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
-sud2-kl+g also runs with --residual and, on real faces, with a fifth of λ1.
+On real faces sud2-kl+g also runs with a fifth of λ1.
 """
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ import metrics  # noqa: E402
 import sud2  # noqa: E402
 
 METHODS = 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'
-MORE = 'sud2-kl+g --residual', 'sud2-kl+g --lam1 0.04'      # the second on real faces
+MORE = 'sud2-kl+g --lam1 0.04'                              # on real faces
 # part -> stream and number of drawn faces, which of the shuffled real ones; a seed takes five pairs
 PARTS = {'images': (0, 12500, slice(12500)), 'test': (1, 768, slice(368)),
          'paired': (1000, 50, slice(368, 418)), 'measurements': (1001, 1000, slice(418, None))}
@@ -117,7 +117,7 @@ def run(name, a):
     i = 2 * list(OPERATORS).index(name)
     shown, pictures = data.image_files(root / 'test/y')[i:i + 2], {'measurement': y[i:i + 2]}
     scores = {}
-    for called in [*METHODS, *(MORE if a.faces else MORE[:1])]:
+    for called in [*METHODS, *[MORE] * bool(a.faces)]:
         method, *flags = called.split()
         out = a.runs / name / '-'.join(flags).strip('-')
         if not (out / 'metrics.json').exists():
