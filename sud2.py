@@ -236,8 +236,8 @@ class Unpaired:
             self.fake = copy.deepcopy(models.prior).requires_grad_()
             self.fake_opt = Muon(self.fake, run.a.kl_lr)
             x, y = (data.to_float(u[:64]) for u in (split.pairs_x, split.pairs_y))
-            tone = change(x, y).any()       # changes; else most pixels stay, and hold it
-            self.bias = tone_bias(run, models.prior, split.images) if tone else None
+            free = change(x, y).any()       # else most pixels stay as they are and hold the tone
+            self.bias = tone_bias(run, models.prior, split.images) if free else None
             self.parts |= {'fake': self.fake, 'fake_opt': self.fake_opt}
         if method.clean == 'g(x_u)':
             self.g = run.net(seed, images=2, shrink=2)
@@ -558,7 +558,7 @@ def whole(run, f, y):
             h, w = part.shape[2:]
             pad = (-w % f.factor, -h % f.factor)
             padded = torch.nn.functional.pad(part, (0, pad[0], 0, pad[1]), mode='replicate')
-            x_hat = f(padded.to(run.device))[:, :, :h, :w].float().cpu()
+            x_hat = f(padded.to(run.device))[:, :, :h, :w].cpu()
             rows, cols = (torch.minimum(torch.arange(n) + 1, n - torch.arange(n)) for n in (h, w))
             fade = (rows[:, None] * cols).float()
             total[:, :, i:i + tile, j:j + tile] += fade * x_hat

@@ -232,7 +232,7 @@ MUTATIONS = [
     ('sud2.py', "D_x - bias", "D_x + bias"),
     ('sud2.py', "own = (D_f - x_hat).mean(", "own = (x_hat - D_f).mean("),
     ('sud2.py', "in (nu, -nu):", "in (nu, nu):"),
-    ('sud2.py', "if tone else None", "if not tone else None"),
+    ('sud2.py', "if free else None", "if not free else None"),
     ('sud2.py', "errors.append((D_x - x)", "errors.append((x - D_x)"),
     ('sud2.py', "> .1 * energy['undone']", "> energy['undone']"),
     ('sud2.py', "energy['rest'] > .1", "energy['rest'] < .1"),
