@@ -51,19 +51,26 @@ def gaussian_band(n, device, sigma=1.5, taps=11):
     return band
 
 
-TILE = 256      # a larger image's SSIM is taken in tiles of this size
+TILE = 256      # a larger image's SSIM is taken in tiles of this size,
+BLOCK = 32      # and blurred in blocks of so many rows: a wider band holds more zeros
+
+
+def blur(x, band, dim):
+    """Images (..., H, W) blurred along dim -2 or -1, which gets shorter by 10."""
+    parts = []
+    for i in range(0, x.shape[dim] - 10, BLOCK - 10):
+        part = x.narrow(dim, i, min(BLOCK, x.shape[dim] - i))
+        w = band[:part.shape[dim] - 10, :part.shape[dim]]
+        parts.append(w @ part if dim == -2 else part @ w.T)
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def similarity(a, b, band, data_range):
-    """SSIM at each place of the valid region, images (B, C, H, W) -> (B, C, H - 10, W - 10).
-
-    band: `gaussian_band` of their longer side, or of more.
-    """
-    rows, cols = (band[:n - 10, :n] for n in a.shape[2:])
+    """SSIM at each place of the valid region, images (B, C, H, W) -> (B, C, H - 10, W - 10)."""
     m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
     a, b = a - m_a, b - m_b                         # variances of centred images lose no digits
-    mu_a, mu_b, squares, product = (
-        rows @ torch.stack([a, b, a * a + b * b, a * b]) @ cols.T).unbind(0)
+    s = torch.stack([a, b, a * a + b * b, a * b])
+    mu_a, mu_b, squares, product = blur(blur(s, band, -2), band, -1).unbind(0)
     cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
     mu_a, mu_b = mu_a + m_a, mu_b + m_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -74,14 +81,14 @@ def similarity(a, b, band, data_range):
 def ssim(x_hat, x, *, data_range):
     """Structural similarity, (B,), 1 for equal images. Wang et al. 2004, (13).
 
-    Errors: an image smaller than the 11x11 window. The blur is two banded matrix products, on as
-    many images at a time as stay in the cache; a large image is cut into tiles.
+    Errors: an image smaller than the 11x11 window. The blur is banded matrix products, on as many
+    images at a time as stay in the cache; a large image is cut into tiles.
     """
     check_shapes(x_hat, x)
     H, W = x.shape[-2:]
     if min(H, W) < 11:
         raise ValueError(f'SSIM needs images of at least 11 x 11, got {H} x {W}')
-    band, chunk = gaussian_band(min(max(H, W), TILE), x.device), max(1, 2 ** 15 // (H * W))
+    band, chunk = gaussian_band(BLOCK, x.device), max(1, 2 ** 15 // (H * W))
     places = [(..., slice(i, i + TILE), slice(j, j + TILE))
               for i in range(0, H - 10, TILE - 10) for j in range(0, W - 10, TILE - 10)]
     values = []

@@ -1872,10 +1872,11 @@ def test_ssim_of_constants_and_scale():
         metrics.ssim(x[..., :10], y[..., :10], data_range=1)
 
 
-@pytest.mark.parametrize('tile', [256, 12, 11])
-def test_ssim_by_brute_force(monkeypatch, tile):
-    """One 13 x 13 image, whole and in tiles, by loops over windows and pixels, in float64."""
+@pytest.mark.parametrize(('tile', 'block'), [(256, 32), (256, 12), (256, 11), (12, 32), (11, 32)])
+def test_ssim_by_brute_force(monkeypatch, tile, block):
+    """One 13 x 13 image, whole, in blocks and in tiles, by loops over windows and pixels."""
     monkeypatch.setattr(metrics, 'TILE', tile)
+    monkeypatch.setattr(metrics, 'BLOCK', block)
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 13, 13))
     k = [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)]
