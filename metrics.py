@@ -52,11 +52,14 @@ def gaussian_band(n, device, sigma=1.5, taps=11):
 
 
 TILE = 256      # a larger image's SSIM is taken in tiles of this size,
-BLOCK = 32      # and blurred in blocks of so many rows: a wider band holds more zeros
+BLOCK = 32      # and blurred in blocks of so many rows or columns: a wider band is mostly zeros
 
 
 def blur(x, band, dim):
-    """Images (..., H, W) blurred along dim -2 or -1, which gets shorter by 10."""
+    """Images (..., H, W) blurred along dim, -2 or -1, which gets shorter by 10.
+
+    band: `gaussian_band` of BLOCK.
+    """
     parts = []
     for i in range(0, x.shape[dim] - 10, BLOCK - 10):
         part = x.narrow(dim, i, min(BLOCK, x.shape[dim] - i))
