@@ -1125,8 +1125,13 @@ def check_config(run):
 @contextlib.contextmanager
 def locked(out):
     """Holds the output folder for this process; the system lets go when it ends, however it ends.
-    Errors: another process holds it."""
-    out.mkdir(parents=True, exist_ok=True)
+    Errors: another process holds it, or nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'lock').touch()
+    except OSError as e:
+        raise ValueError(f'--out {out}: cannot be written to ({e.strerror}); '
+                         'use another --out') from e
     if Group.rank:                                      # the first process holds it for all
         yield
         return

@@ -2441,6 +2441,15 @@ def test_a_run_has_its_folder_alone(tmp_path):
         sud2.main(tiny(tmp_path))
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    """A file is there, or on the way; or it is someone else's."""
+    (tmp_path / 'file').touch()
+    for name in 'file', 'file/below', 'folder':
+        with pytest.raises(ValueError, match=f'--out .*{name}: cannot be .*; use another --out'):
+            sud2.main(tiny(tmp_path / name))
+        monkeypatch.setattr(Path, 'touch', lambda self: tmp_path.read_bytes())
+
+
 def test_a_stop_waits_for_the_end_of_an_update_but_not_twice():
     stop = runpy.run_path(str(HERE / 'sud2.py'))['Stop']           # as it is when a run starts
 
