@@ -1671,7 +1671,8 @@ def main(a):
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and not ('out of memory' in str(e) or 'allocate' in str(e)):
             raise
-        raise ValueError(f'no memory; use a smaller --batch, --width or --size: {e}') from e
+        raise ValueError('no memory; use a smaller --batch, --width, --size or --clean: '
+                         f'{e}') from e
 
 
 if __name__ == '__main__':
