@@ -52,20 +52,20 @@ def gaussian_band(n, device, sigma=1.5, taps=11):
 
 
 TILE = 256      # a larger image's SSIM is taken in tiles of this size,
-BLOCK = 32      # and blurred in blocks of so many rows or columns: a wider band is mostly zeros
+BLOCK = 32      # and blurred in blocks of so many rows: a wider band is mostly zeros
 
 
-def blur(x, band, dim):
-    """Images (..., H, W) blurred along dim, -2 or -1, which gets shorter by 10.
+def blur(x, band):
+    """Images (..., H, W) blurred along H, which gets shorter by 10; band: `gaussian_band` of BLOCK.
 
-    band: `gaussian_band` of BLOCK.
+    Rows, for columns would take longer to put together again.
     """
     parts = []
-    for i in range(0, x.shape[dim] - 10, BLOCK - 10):
-        part = x.narrow(dim, i, min(BLOCK, x.shape[dim] - i))
-        w = band[:part.shape[dim] - 10, :part.shape[dim]]
-        parts.append(w @ part if dim == -2 else part @ w.T)
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    for i in range(0, x.shape[-2] - 10, BLOCK - 10):
+        part = x[..., i:i + BLOCK, :]
+        rows = part.shape[-2]
+        parts.append(band[:rows - 10, :rows] @ part)
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
 def similarity(a, b, band, data_range):
@@ -73,7 +73,7 @@ def similarity(a, b, band, data_range):
     m_a, m_b = a.mean((2, 3), keepdim=True), b.mean((2, 3), keepdim=True)
     a, b = a - m_a, b - m_b                         # variances of centred images lose no digits
     s = torch.stack([a, b, a * a + b * b, a * b])
-    mu_a, mu_b, squares, product = blur(blur(s, band, -2), band, -1).unbind(0)
+    mu_a, mu_b, squares, product = blur(blur(s, band).mT, band).mT.unbind(0)
     cov, var = product - mu_a * mu_b, squares - mu_a * mu_a - mu_b * mu_b
     mu_a, mu_b = mu_a + m_a, mu_b + m_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

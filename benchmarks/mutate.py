@@ -238,9 +238,11 @@ MUTATIONS = [
     ('sud2.py', "energy['rest'] > .1", "energy['rest'] < .1"),
     ('sud2.py', 'step >= a.warmup + G_LEARNS', 'step >= a.warmup'),
     ('sud2.py', "energy = Group.mean({'rest': rest.square().mean(),", "energy = dict({'rest': rest.square().mean(),"),
-    ('metrics.py', 'shape[dim] - 10, BLOCK - 10)', 'shape[dim] - 10, BLOCK)'),
-    ('metrics.py', 'shape[dim] - 10, BLOCK - 10)', 'shape[dim], BLOCK - 10)'),
-    ('metrics.py', 'min(BLOCK, x.shape[dim] - i)', 'min(BLOCK - 1, x.shape[dim] - i)'),
+    ('metrics.py', 'shape[-2] - 10, BLOCK - 10)', 'shape[-2] - 10, BLOCK)'),
+    ('metrics.py', 'shape[-2] - 10, BLOCK - 10)', 'shape[-2], BLOCK - 10)'),
+    ('metrics.py', 'i:i + BLOCK, :]', 'i:i + BLOCK - 1, :]'),
+    ('metrics.py', 'blur(blur(s, band).mT, band)', 'blur(blur(s, band), band)'),
+    ('sud2.py', "(out / 'lock').touch()", "pass"),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
