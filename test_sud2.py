@@ -1405,7 +1405,7 @@ def test_tables_are_those_of_the_results():
         lines = json.loads(path.read_text())['lines']
         x_axis = ablations.ABLATIONS[path.stem.removeprefix('ablation-')][0]
         assert ablations.table_of(x_axis, lines) in ablated, path
-    for name in ('operators', 'operators-real'):
+    for name in ('operators', 'operators-real', 'prints', 'prints-real'):
         done = json.loads((HERE / 'results' / f'{name}.json').read_text())['operators']
         assert importlib.import_module('operators').table_of(done) in tables
     rows = json.loads((HERE / 'results/pull.json').read_text())['cosine_and_tone_correlation']

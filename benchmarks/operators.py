@@ -3,11 +3,13 @@
 chosen without them -> results/operators.json, assets/operators.png and a table.
 
     python benchmarks/operators.py
+    python benchmarks/operators.py --prints
     python benchmarks/operators.py --faces CelebAMask-HQ/CelebA-HQ-img --images celeba
 
-Resumable. The faces are drawn, or real ones with others for U_x (results/operators-real.json; their
-picture stays in runs/). How strong each is varies from image to image. All share the first's prior.
-On real faces sud2-kl+g also runs with a fifth of λ1.
+Resumable. --prints: four of them together -> results/prints.json. The faces are drawn, or real ones
+with others for U_x (results/operators-real.json; their picture stays in runs/). How strong each is
+varies from image to image. All share the first's prior. On real faces sud2-kl+g also runs with a
+fifth of λ1.
 """
 import argparse
 import contextlib
@@ -33,14 +35,14 @@ PARTS = {'images': (0, 12500, slice(12500)), 'test': (1, 768, slice(368)),
          'paired': (1000, 50, slice(368, 418)), 'measurements': (1001, 1000, slice(418, None))}
 
 
-def blur(x, rng):
+def blur(x, rng, low=.7, high=2):
     """Out of focus."""
-    return x.filter(ImageFilter.GaussianBlur(rng.uniform(.7, 2)))
+    return x.filter(ImageFilter.GaussianBlur(rng.uniform(low, high)))
 
 
-def noise(x, rng):
+def noise(x, rng, low=15, high=60):
     """Of the sensor; no function of the image."""
-    u = np.asarray(x) + rng.normal(0, rng.uniform(15, 60), (*x.size[::-1], 3))
+    u = np.asarray(x) + rng.normal(0, rng.uniform(low, high), (*x.size[::-1], 3))
     return Image.fromarray(u.clip(0, 255).astype('uint8'))
 
 
@@ -56,10 +58,10 @@ def grey(x, rng):
     return x.convert('L').point(lambda v: v * light).convert('RGB')
 
 
-def scratches(x, rng):
+def scratches(x, rng, low=4, high=13):
     """Four to twelve, bright, dark or of a colour."""
     x, n = x.copy(), x.width
-    for _ in range(rng.integers(4, 13)):
+    for _ in range(rng.integers(low, high)):
         ImageDraw.Draw(x).line([tuple(rng.uniform(-.2 * n, 1.2 * n, 2)) for _ in range(2)],
                                tuple(map(int, rng.integers(0, 256, 3))), int(rng.integers(1, 3)))
     return x
@@ -75,8 +77,14 @@ def text(x, rng):
     return x
 
 
+def prints(x, rng):
+    """Old prints: all of blur, fading, noise and scratches, but for fading less of each."""
+    x = fading(blur(x, rng, .3, 1.2), rng)
+    return scratches(noise(x, rng, 5, 25), rng, 2, 7)
+
+
 OPERATORS = {'blur': blur, 'noise': noise, 'fading': fading, 'grey': grey, 'scratches': scratches,
-             'text': text}
+             'text': text, 'prints': prints}
 
 
 def faces(part, a):
@@ -110,12 +118,12 @@ def write_folders(name, a):
 
 
 def run(name, a):
-    """One degradation -> PSNR of the measurements, {method: {seed: scores}}, two test pictures."""
-    root, first = write_folders(name, a), a.runs / next(iter(OPERATORS))
+    """One degradation -> PSNR of the measurements, {method: {seed: scores}}, test pictures."""
+    root, first = write_folders(name, a), a.runs / a.names[0]
     x, y = (torch.stack([data.read_whole(f, 32) for f in data.image_files(root / 'test' / k)])
             for k in 'xy')
-    i = 2 * list(OPERATORS).index(name)
-    shown, pictures = data.image_files(root / 'test/y')[i:i + 2], {'measurement': y[i:i + 2]}
+    i, j = (a.each * (a.names.index(name) + k) for k in (0, 1))
+    shown, pictures = data.image_files(root / 'test/y')[i:j], {'measurement': y[i:j]}
     scores = {}
     for called in [*METHODS, *[MORE] * bool(a.faces)]:
         method, *flags = called.split()
@@ -134,7 +142,7 @@ def run(name, a):
                                   '--checkpoint', str(out / f'{method}-s0.pt')]))
         pictures[called] = [data.read_whole(restored / f.name, 32) for f in shown]
     psnr = metrics.psnr(data.to_float(y), data.to_float(x), data_range=2).mean().item()
-    return psnr, scores, {**pictures, 'truth': x[i:i + 2]}
+    return psnr, scores, {**pictures, 'truth': x[i:j]}
 
 
 def table_of(done):
@@ -151,14 +159,14 @@ def table_of(done):
     return '\n'.join(rows)
 
 
-def picture(rows, path, each=2):
+def picture(rows, path, names, each):
     """sud2's grid with a heading over every `each` columns: the degradations' names."""
-    sud2.grid(rows, path, columns=each * len(OPERATORS))
+    sud2.grid(rows, path, columns=each * len(names))
     sheet = Image.open(path)
     headed = Image.new('RGB', (sheet.width, sheet.height + 20), 'white')
     headed.paste(sheet, (0, 20))
-    for k, name in enumerate(OPERATORS):
-        middle = sheet.width - (len(OPERATORS) - k - .5) * each * 100       # 96 pixels and a gap
+    for k, name in enumerate(names):
+        middle = sheet.width - (len(names) - k - .5) * each * 100           # 96 pixels and a gap
         ImageDraw.Draw(headed).text((middle, 12), name, 'black', ImageFont.load_default(16),
                                     anchor='mm')
     headed.save(path)
@@ -168,16 +176,18 @@ def main():
     p = argparse.ArgumentParser(description='Other degradations, as custom tasks of sud2.')
     p.add_argument('--faces', metavar='DIR', help='real faces in place of drawn ones')
     p.add_argument('--images', metavar='DIR', help='other real faces, for U_x')
+    p.add_argument('--prints', action='store_true', help='four degradations together')
     a = p.parse_args()
-    name = 'operators-real' if a.faces else 'operators'
-    a.runs, done, rows = Path('runs') / name, {}, {}
-    for operator in OPERATORS:
+    name = ('prints' if a.prints else 'operators') + '-real' * bool(a.faces)
+    a.names = ['prints'] if a.prints else [n for n in OPERATORS if n != 'prints']
+    a.runs, a.each, done, rows = Path('runs') / name, 10 if a.prints else 2, {}, {}
+    for operator in a.names:
         psnr, methods, pictures = run(operator, a)
         done[operator] = {'measurement_psnr': psnr, 'methods': methods}
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png')
+    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png', a.names, a.each)
     sud2.write_json(ROOT / 'results' / f'{name}.json', {
         'command': ' '.join(['python benchmarks/operators.py', *sys.argv[1:]]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
