@@ -59,7 +59,7 @@ def grey(x, rng):
 
 
 def scratches(x, rng, low=4, high=13):
-    """Four to twelve, bright, dark or of a colour."""
+    """Straight ones, bright, dark or of a colour."""
     x, n = x.copy(), x.width
     for _ in range(rng.integers(low, high)):
         ImageDraw.Draw(x).line([tuple(rng.uniform(-.2 * n, 1.2 * n, 2)) for _ in range(2)],
@@ -84,7 +84,7 @@ def prints(x, rng):
 
 
 OPERATORS = {'blur': blur, 'noise': noise, 'fading': fading, 'grey': grey, 'scratches': scratches,
-             'text': text, 'prints': prints}
+             'text': text}
 
 
 def faces(part, a):
@@ -102,7 +102,7 @@ def write_folders(name, a):
     """One degradation's folders, unless they are there; the clean images are the same for all."""
     def keep(x, rng):
         return x
-    root, clean, spoil = a.runs / 'data' / name, a.runs / 'data/images', OPERATORS[name]
+    root, clean, spoil = a.runs / 'data' / name, a.runs / 'data/images', a.operators[name]
     for folder, part, degrade in (
             (clean, 'images', keep), (root / 'measurements', 'measurements', spoil),
             *((root / part / side, part, degrade) for part in ('paired', 'test')
@@ -119,10 +119,10 @@ def write_folders(name, a):
 
 def run(name, a):
     """One degradation -> PSNR of the measurements, {method: {seed: scores}}, test pictures."""
-    root, first = write_folders(name, a), a.runs / a.names[0]
+    root, first = write_folders(name, a), a.runs / next(iter(a.operators))
     x, y = (torch.stack([data.read_whole(f, 32) for f in data.image_files(root / 'test' / k)])
             for k in 'xy')
-    i, j = (a.each * (a.names.index(name) + k) for k in (0, 1))
+    i, j = (a.each * (list(a.operators).index(name) + k) for k in (0, 1))
     shown, pictures = data.image_files(root / 'test/y')[i:j], {'measurement': y[i:j]}
     scores = {}
     for called in [*METHODS, *[MORE] * bool(a.faces)]:
@@ -179,15 +179,15 @@ def main():
     p.add_argument('--prints', action='store_true', help='four degradations together')
     a = p.parse_args()
     name = ('prints' if a.prints else 'operators') + '-real' * bool(a.faces)
-    a.names = ['prints'] if a.prints else [n for n in OPERATORS if n != 'prints']
+    a.operators = {'prints': prints} if a.prints else OPERATORS
     a.runs, a.each, done, rows = Path('runs') / name, 10 if a.prints else 2, {}, {}
-    for operator in a.names:
+    for operator in a.operators:
         psnr, methods, pictures = run(operator, a)
         done[operator] = {'measurement_psnr': psnr, 'methods': methods}
         for row, images in pictures.items():
             rows.setdefault(row, []).extend(images)
     print(table_of(done))
-    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png', a.names, a.each)
+    picture(rows, (a.runs if a.faces else ROOT / 'assets') / f'{name}.png', a.operators, a.each)
     sud2.write_json(ROOT / 'results' / f'{name}.json', {
         'command': ' '.join(['python benchmarks/operators.py', *sys.argv[1:]]), 'operators': done,
         'environment': {'torch': torch.__version__, 'processor': sud2.processor(),
