@@ -135,18 +135,15 @@ def entropy_label(x_hat, prior, fake, a, acp, g, bias=None):
 
 
 def tone_bias(run, prior, images):
-    """Not in the paper: the mean of D^x(x + ν) - x over clean images -> (1, C, 1, 1); and the
-    images' own tone, the deviation and mean of each colour in mini-batches, (2, 1, C, 1, 1).
+    """Not in the paper: the mean of D^x(x + ν) - x over clean images -> (1, C, 1, 1).
 
     An ideal denoiser keeps the mean: E[D^x(x + ν)] = E[x]. A trained one is off by thousandths, in
     every update the same way, in the overall tone, in which the prior hardly pulls back: f drifts
     far where nothing else holds the tone.
     """
-    g, errors, tones = generators(0, run.device)[0], [], []
+    g, errors = generators(0, run.device)[0], []
     for _ in range(math.ceil(1024 / run.a.batch)):
-        x = clean_batch(run, images, g, run.a.batch)
-        tones.append(tone(x))
-        x = Group.own(x)
+        x = Group.own(clean_batch(run, images, g, run.a.batch))
         t = draw_times(*run.a.kl_range, len(x), g, run.device)
         nu = ddpm.noise_like(x, g)
         for eps in (nu, -nu):                           # whose own mean would blur the result
@@ -154,12 +151,7 @@ def tone_bias(run, prior, images):
             with torch.no_grad(), run.amp():
                 D_x = ddpm.predict_x0(x_t, t, prior(x_t, t).float(), run.acp, clip=False)
             errors.append((D_x - x).mean((0, 2, 3), keepdim=True))
-    return Group.mean({'bias': torch.stack(errors).mean(0)})['bias'], torch.stack(tones).mean(0)
-
-
-def tone(x):
-    """Deviation and mean of each colour in a whole mini-batch (B, C, H, W) -> (2, 1, C, 1, 1)."""
-    return torch.stack(torch.std_mean(x, (0, 2, 3), keepdim=True))
+    return Group.mean({'bias': torch.stack(errors).mean(0)})['bias']
 
 
 def change(x, y):
@@ -245,12 +237,10 @@ class Unpaired:
             self.fake_opt = Muon(self.fake, run.a.kl_lr)
             x, y = (data.to_float(u[:64]) for u in (split.pairs_x, split.pairs_y))
             free = change(x, y).any()       # else most pixels stay as they are and hold the tone
-            self.bias, self.tone = (tone_bias(run, models.prior, split.images) if free
-                                    else (None, None))
+            self.bias = tone_bias(run, models.prior, split.images) if free else None
             self.parts |= {'fake': self.fake, 'fake_opt': self.fake_opt}
         if method.clean == 'g(x_u)':
             self.g = run.net(seed, images=2, shrink=2)
-            self.g.register_buffer('random', torch.tensor(False, device=run.device))
             self.g_opt = Muon(self.g, run.a.kl_lr)
             self.parts |= {'g': self.g, 'g_opt': self.g_opt}
         if method.source == 'ensemble':
@@ -296,16 +286,14 @@ class Unpaired:
         """Not in the paper: L_paired on pairs made of clean images: (x_u, x_u), since f has nothing
         to undo in a clean image, or (g(x_u), x_u), where g learns from the pairs and from f. What
         differs at random, as noise or scratches do, g cannot know: where it leaves more than a
-        tenth of the change that f undoes, a made measurement gets that rest, y_u - g(f(y_u)); and
-        f, which sees little there, errs in tone, which g would hand back to it as the truth: where
-        nothing else holds the tone, g learns from f(y_u) in that of the clean images."""
+        tenth of the change that f undoes, a made measurement gets that rest, y_u - g(f(y_u))."""
         run, images = self.run, self.split.images
         if self.method.clean == 'x_u':      # a few do as well as many; they go to every process
             x_u = clean_batch(run, images, self.draws, max(1, run.a.batch // 4))
             with run.amp():
                 return paired_loss(self.f(x_u), x_u)
         x_u = Group.own(clean_batch(run, images, self.draws, run.a.batch))
-        known, shown = torch.cat([x, self.in_tone(x_hat)]), torch.cat([y, y_u])
+        known, shown = torch.cat([x, x_hat]), torch.cat([y, y_u])
         c = change(known, shown)
         with run.amp():
             y_hat = measured(self.g, known, c).tensor_split([len(x)])
@@ -315,21 +303,11 @@ class Unpaired:
                     rest, undone = y_u - y_hat[1], y_u - x_hat
                     energy = Group.mean({'rest': rest.square().mean(),
                                          'undone': undone.square().mean()})
-                    self.g.random.copy_(energy['rest'] > .1 * energy['undone'])
-                    made += self.g.random * rest
+                    made += (energy['rest'] > .1 * energy['undone']) * rest
             loss = paired_loss(self.f(made), x_u)
         descend(paired_loss(y_hat[0], y) + paired_loss(y_hat[1], y_u), self.g, self.g_opt,
                 run.a.kl_lr)
         return loss
-
-
-    def in_tone(self, x_hat):
-        """x_hat in the tone of clean images where g left much, in the last update, and where most
-        pixels change; else as it is."""
-        if self.tone is None:
-            return x_hat
-        (std, mean), (own_std, own_mean) = self.tone, tone(Group.gather(x_hat))
-        return torch.where(self.g.random, mean + std / own_std * (x_hat - own_mean), x_hat)
 
 
 class Ensemble:

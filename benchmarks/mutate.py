@@ -232,7 +232,7 @@ MUTATIONS = [
     ('sud2.py', "D_x - bias", "D_x + bias"),
     ('sud2.py', "own = (D_f - x_hat).mean(", "own = (x_hat - D_f).mean("),
     ('sud2.py', "in (nu, -nu):", "in (nu, nu):"),
-    ('sud2.py', "split.images) if free", "split.images) if not free"),
+    ('sud2.py', "if free else None", "if not free else None"),
     ('sud2.py', "errors.append((D_x - x)", "errors.append((x - D_x)"),
     ('sud2.py', "> .1 * energy['undone']", "> energy['undone']"),
     ('sud2.py', "energy['rest'] > .1", "energy['rest'] < .1"),
@@ -243,12 +243,6 @@ MUTATIONS = [
     ('metrics.py', 'i:i + BLOCK, :]', 'i:i + BLOCK - 1, :]'),
     ('metrics.py', 'blur(blur(s, band).mT, band)', 'blur(blur(s, band), band)'),
     ('sud2.py', "(out / 'lock').touch()", "pass"),
-    ('sud2.py', 'self.in_tone(x_hat)]', 'x_hat]'),
-    ('sud2.py', "('random', torch.tensor(False", "('random', torch.tensor(True"),
-    ('sud2.py', 'self.g.random.copy_(', 'self.g.random.logical_or_('),
-    ('sud2.py', 'tone(Group.gather(x_hat))', 'tone(x_hat)'),
-    ('sud2.py', 'mean + std / own_std', 'mean + own_std / std'),
-    ('sud2.py', '(x_hat - own_mean), x_hat)', 'x_hat, x_hat)'),
 ]
 OF_SEVERAL_PROCESSES = [
     ('sud2.py', '+ cls.world * (x - x.detach())', '+ (x - x.detach())'),
