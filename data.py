@@ -714,8 +714,6 @@ def cached(cache, files, shape, read, rows=None, key=()):
     files' paths, sizes and times, so that what has changed is decoded again. Errors: no room for it
     on the disk.
     """
-    if not files:
-        return torch.empty(0, *shape, dtype=torch.uint8)
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     name = hashlib.sha256(repr((shape, stats, *key)).encode(errors='surrogateescape')).hexdigest()
     path = Path(cache) / f'{name[:32]}.npy' if cache else None
@@ -862,8 +860,8 @@ def read_pair(x, y, size, short_side=0, grey=None):
 def crops_of_files(groups, size, seed, short_side, cache, grey=None):
     """Random crops of pictures, decoded once. A group is one file, (x,), or a pair, (x, y), which
     is cut at the same places -> for each side of the groups a uint8 tensor (N, 3, size, size)."""
-    sides, files = len(groups[0]) if groups else 1, [f for group in groups for f in group]
-    most = MOST_CROPPED // (size ** 2 * max(1, len(groups)))
+    sides, files = len(groups[0]), [f for group in groups for f in group]
+    most = MOST_CROPPED // (size ** 2 * len(groups))
 
     def number(width, height):              # as many as would tile a picture
         return max(1, min(most, (width // size) * (height // size)))
