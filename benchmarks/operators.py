@@ -9,7 +9,7 @@ chosen without them -> results/operators.json, assets/operators.png and a table.
 Resumable. --prints: four of them together -> results/prints.json. The faces are drawn, or real ones
 with others for U_x (results/operators-real.json; their picture stays in runs/). How strong each is
 varies from image to image. All share the first's prior. On real faces sud2-kl+g also runs with a
-fifth of λ1.
+fifth of λ1, on prints it and supervised also for 1,000 updates.
 """
 import argparse
 import contextlib
@@ -29,7 +29,8 @@ import metrics  # noqa: E402
 import sud2  # noqa: E402
 
 METHODS = 'supervised', 'sud2', 'sud2-kl', 'sud2-kl+g'
-MORE = 'sud2-kl+g --lam1 0.04'                              # on real faces
+WEAKER = ['sud2-kl+g --lam1 0.04']                          # on real faces
+LONGER = ['supervised --updates 1000', 'sud2-kl+g --updates 1000']          # on prints
 # part -> stream and number of drawn faces, which of the shuffled real ones; a seed takes five pairs
 PARTS = {'images': (0, 12500, slice(12500)), 'test': (1, 768, slice(368)),
          'paired': (1000, 50, slice(368, 418)), 'measurements': (1001, 1000, slice(418, None))}
@@ -125,9 +126,9 @@ def run(name, a):
     i, j = (a.each * (list(a.operators).index(name) + k) for k in (0, 1))
     shown, pictures = data.image_files(root / 'test/y')[i:j], {'measurement': y[i:j]}
     scores = {}
-    for called in [*METHODS, *[MORE] * bool(a.faces)]:
+    for called in [*METHODS, *WEAKER * bool(a.faces), *LONGER * a.prints]:
         method, *flags = called.split()
-        out = a.runs / name / '-'.join(flags).strip('-')
+        out = a.runs / name / (called.replace(' ', '-') if flags else '')
         if not (out / 'metrics.json').exists():
             prior = ['--prior', str(first)] if out != first else []
             sud2.main(sud2.parse(['--task', 'custom', '--data', str(root), '--out', str(out),
